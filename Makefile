@@ -1,0 +1,53 @@
+# Everything runs from the repository root in .venv, which the first target makes. Nothing is fetched after that.
+SHELL := /bin/bash
+PYTHON ?= python3
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
+LOCK := requirements/$(if $(filter 0,$(GPUS)),cpu,cuda).lock
+# The demo's batch of 16 rows divides over 1, 2, 4 or 8 processes.
+PROCESSES := $(if $(filter 0,$(GPUS)),2,$(lastword $(foreach n,1 2 4 8,$(shell [ $(GPUS) -ge $(n) ] && echo $(n)))))
+PIP := .venv/bin/pip install --quiet --disable-pip-version-check
+export HF_HUB_OFFLINE := 1
+export PYTHONUNBUFFERED := 1
+
+.PHONY: demo test lint format clean
+.DELETE_ON_ERROR:
+
+demo: .venv/runtime corpus/python.json
+	@run=runs/demo-$$(date +%Y%m%d-%H%M%S) && \
+	OMP_NUM_THREADS=$$(( $$(nproc) > $(PROCESSES) ? $$(nproc) / $(PROCESSES) : 1 )) \
+	.venv/bin/torchrun --standalone --nproc-per-node $(PROCESSES) train/pretrain.py conf=demo run_dir=$$run \
+	  batch.micro_rows=$(if $(filter 8,$(PROCESSES)),2,4) && \
+	.venv/bin/python scripts/report.py $$run
+
+test: .venv/test corpus/python.json
+	.venv/bin/python -m pytest -q
+
+lint: .venv/test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: .venv/test
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+# The embedded corpus: the source code of this Python's standard library.
+corpus/python.json: | .venv/runtime
+	.venv/bin/python scripts/prepare_data.py --input python-stdlib --output corpus/python \
+	  --tokenizer corpus/tokenizer.json --train-tokenizer 4096 --workers 2
+
+# torch first, by its exact pin, so that nothing else chooses a build; packages without wheels build against it.
+.venv/runtime: $(LOCK) requirements/base.lock
+	@echo "installing $(LOCK)"
+	@[ -x .venv/bin/python ] || $(PYTHON) -m venv .venv
+	@$(PIP) $$(grep -h -E '^(setuptools|wheel)==' requirements/base.lock) $$(grep '^torch==' $(LOCK))
+	@$(PIP) --no-build-isolation -r $(LOCK)
+	@touch $@
+
+.venv/test: .venv/runtime requirements/test.lock
+	@echo "installing requirements/test.lock"
+	@$(PIP) -r requirements/test.lock
+	@touch $@
+
+clean:
+	rm -rf .venv corpus .pytest_cache .mypy_cache .ruff_cache
