@@ -1,0 +1,152 @@
+"""Plain-torch twins: the truth that every kernel and every parallel form is compared with.
+
+Sums and exponentials are fp32 (or the input's fp64), results come back in the input's dtype.
+Shapes are those of one rank: heads, ffn and experts are whatever the caller holds.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.documents import Documents
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in at least fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dim; rounded to x's dtype before the weight, as MiniMax-01 does.
+
+    Args:
+        x: [..., size]. weight: [size].
+    """
+    wide = widen(x)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+def rotary_table(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * theta^(-2i / rotary_dim), each [rows, tokens, 1, rotary_dim / 2] fp32.
+
+    Args:
+        positions: [rows, tokens] integers.
+    """
+    exponent = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32) / rotary_dim
+    angle = positions.float()[..., None, None] * theta**-exponent
+    return angle.cos(), angle.sin()
+
+
+def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the first rotary_dim entries of each head (NeoX halves), pass the others through.
+
+    Args:
+        x: [rows, tokens, heads, head_dim].
+        table: from `rotary_table`.
+    """
+    cos, sin = table
+    half = cos.shape[-1]
+    first, second, rest = widen(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """Causal attention inside each document, scale head_dim^-0.5, grouped kv heads.
+
+    Args:
+        q: [rows, tokens, heads, head_dim]. k, v: [rows, tokens, kv_heads, head_dim].
+
+    Returns:
+        [rows, tokens, heads, head_dim].
+    """
+    seen = documents.ids[:, :, None] == documents.ids[:, None, :]
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.tril()[:, None]).transpose(1, 2)
+
+
+def lightning_attention(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, documents: Documents, *, chunk: int = 64
+) -> Tensor:
+    """Linear attention with fixed decay: S_t = exp(-s) S_{t-1} + k_t^T v_t, o_t = q_t S_t, per document.
+
+    Block form of MiniMax-01 (arXiv 2501.08313 sec. 2.2) with the document rules of LASP+: a chunk's state
+    holds its last document only, and enters the next chunk only for the document that both share.
+
+    Args:
+        q, k, v: [rows, tokens, heads, head_dim].
+        slopes: [heads] s > 0.
+        chunk: tokens a block; changes the order of sums only.
+
+    Returns:
+        [rows, tokens, heads, head_dim].
+    """
+    tokens, dtype = q.shape[1], q.dtype
+    padding = -tokens % chunk
+    q, k, v = (
+        F.pad(widen(x), (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, chunk)).transpose(2, 3) for x in (q, k, v)
+    )  # [rows, chunks, heads, chunk, head_dim]
+    ids = F.pad(documents.ids, (0, padding), value=-1).unflatten(1, (-1, chunk))[
+        :, :, None
+    ]  # [rows, chunks, 1, chunk]
+    step = torch.arange(chunk, device=q.device, dtype=q.dtype)
+    slope = slopes.to(q.dtype)[:, None]  # [heads, 1]
+    began = F.pad(ids[:, 1:, :, :1] == ids[:, :-1, :, -1:], (0, 0, 0, 0, 1, 0), value=False)
+    head = began & (ids == ids[..., :1])
+    tail = ids == ids[..., -1:]
+
+    distance = (step[:, None] - step).clamp(min=0)
+    inside = (ids[..., :, None] == ids[..., None, :]).tril() * torch.exp(-slope[..., None] * distance)
+    to_left = (head * torch.exp(-slope * (step + 1)))[..., None]
+    to_right = (tail * torch.exp(-slope * (chunk - 1 - step)))[..., None]
+    through = (head.all(-1) * torch.exp(-slope[:, 0] * chunk))[..., None, None]  # [rows, chunks, heads, 1, 1]
+
+    states = [torch.zeros_like(q[:, 0, :, :1] * k[:, 0, :, :1].transpose(-1, -2))]
+    ends = (k * to_right).transpose(-1, -2) @ v
+    for c in range(q.shape[1] - 1):
+        states.append(ends[:, c] + through[:, c] * states[-1])
+    o = ((q @ k.transpose(-1, -2)) * inside) @ v + (q * to_left) @ torch.stack(states, 1)
+    return o.transpose(2, 3).flatten(1, 2)[:, :tokens].to(dtype)
+
+
+def swiglu(gate_up: Tensor, scale: Tensor) -> Tensor:
+    """SiLU(gate) * up * scale.
+
+    Args:
+        gate_up: [tokens, 2, ffn], gate first.
+        scale: [tokens] fp32, the router's weight of each row.
+
+    Returns:
+        [tokens, ffn].
+    """
+    gate, up = widen(gate_up).unbind(1)
+    return (F.silu(gate) * up * scale[:, None]).to(gate_up.dtype)
+
+
+def grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """One matrix product per expert on consecutive groups of rows; empty groups are fine.
+
+    Args:
+        x: [tokens, in], sorted by expert.
+        weight: [experts, out, in].
+        ends: [experts] int32, where each expert's rows end.
+
+    Returns:
+        [tokens, out].
+    """
+    parts = torch.tensor_split(x, ends[:-1].cpu())
+    return torch.cat([part @ w.T for part, w in zip(parts, weight, strict=True)])
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(hidden @ weight^T)[target] of each token, 0 where the target is negative; fp32.
+
+    Args:
+        hidden: [tokens, hidden]. weight: [vocab, hidden]. targets: [tokens].
+
+    Returns:
+        [tokens] losses.
+    """
+    logits = widen(hidden @ weight.T)
+    return F.cross_entropy(logits, targets.clamp(min=0), reduction="none") * (targets >= 0)

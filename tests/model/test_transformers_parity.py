@@ -1,0 +1,143 @@
+"""Parity with transformers' MiniMaxForCausalLM: logits, and the gradient of every parameter."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import MiniMaxConfig, MiniMaxForCausalLM
+
+from model.config import LayerType, ModelConfig, SlopeRule
+from model.transformer import Transformer
+
+L, S = LayerType.lightning, LayerType.softmax
+SHAPES = {
+    "hybrid": {"layer_types": [L, L, L, S], "num_heads": 4, "num_kv_heads": 2},
+    "odd heads": {"layer_types": [L, S, L], "num_heads": 3, "num_kv_heads": 1},
+    "softmax first": {"layer_types": [S, L], "num_heads": 6, "num_kv_heads": 6, "experts_per_token": 3},
+    "lightning only": {"layer_types": [L, L], "num_heads": 5, "num_kv_heads": 5},
+    "one softmax layer": {"layer_types": [S], "num_heads": 4, "num_kv_heads": 4, "experts_per_token": 1},
+    "own alpha": {"layer_types": [L, S], "num_heads": 2, "num_kv_heads": 1, "residual_alpha": 1.25},
+}
+
+
+def make_config(**changes) -> ModelConfig:
+    sizes = {
+        "num_layers": len(changes["layer_types"]),
+        "hidden_size": 48,
+        "head_dim": 16,
+        "rotary_dim": 16,
+        "vocab_size": 101,
+        "num_experts": 5,
+        "expert_ffn_size": 24,
+        "rope_theta": 5000.0,
+        "slope_rule": SlopeRule.transformers,
+    }
+    return ModelConfig(**{**sizes, **changes})
+
+
+def make_pair(cfg: ModelConfig, seed: int) -> tuple[Transformer, MiniMaxForCausalLM]:
+    """Our model with random weights, and theirs with the same ones."""
+    torch.manual_seed(seed)
+    ours = Transformer(cfg)
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.1 if parameter.dim() > 1 else 0.3)
+        if parameter.dim() == 1:
+            parameter.data += 1
+    names = {L: "linear_attention", S: "full_attention"}
+    factors = {f"{kind}_alpha_factor": cfg.alpha for kind in ("full_attn", "linear_attn", "mlp")}
+    theirs = MiniMaxForCausalLM(
+        MiniMaxConfig(
+            vocab_size=cfg.vocab_size,
+            hidden_size=cfg.hidden_size,
+            intermediate_size=cfg.expert_ffn_size,
+            num_hidden_layers=cfg.num_layers,
+            num_attention_heads=cfg.num_heads,
+            num_key_value_heads=cfg.num_kv_heads,
+            head_dim=cfg.head_dim,
+            rms_norm_eps=cfg.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
+            layer_types=[names[kind] for kind in cfg.layers],
+            num_local_experts=cfg.num_experts,
+            num_experts_per_tok=cfg.experts_per_token,
+            block_size=16,
+            attn_implementation="eager",
+            bos_token_id=None,
+            eos_token_id=None,
+            **factors,
+        )
+    )
+    missing, unexpected = theirs.load_state_dict(to_theirs(dict(ours.named_parameters())), strict=False)
+    assert not unexpected
+    assert all(name.rpartition(".")[2].endswith(("decay", "slope_rate")) for name in missing), missing
+    return ours, theirs
+
+
+def to_theirs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under transformers' names and shapes."""
+    fixed = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
+    fixed["head.weight"] = "lm_head.weight"
+    parts = {
+        "mixer_norm.weight": "input_layernorm.weight",
+        "moe_norm.weight": "post_attention_layernorm.weight",
+        "mixer.qkv.weight": "self_attn.qkv_proj.weight",
+        "mixer.gate.weight": "self_attn.output_gate.weight",
+        "mixer.norm.weight": "self_attn.norm.weight",
+        "mixer.q.weight": "self_attn.q_proj.weight",
+        "mixer.k.weight": "self_attn.k_proj.weight",
+        "mixer.v.weight": "self_attn.v_proj.weight",
+        "moe.router.gate.weight": "mlp.gate.weight",
+        "moe.experts.gate_up": "mlp.experts.gate_up_proj",
+        "moe.experts.down": "mlp.experts.down_proj",
+    }
+    result = {}
+    for name, tensor in tensors.items():
+        if name in fixed:
+            result[fixed[name]] = tensor.detach()
+            continue
+        _, layer, part = name.split(".", 2)
+        is_lightning = f"blocks.{layer}.mixer.qkv.weight" in tensors
+        out = "self_attn.out_proj.weight" if is_lightning else "self_attn.o_proj.weight"
+        target = out if part == "mixer.out.weight" else parts[part]
+        flat = tensor.flatten(1, 2) if part == "moe.experts.gate_up" else tensor
+        result[f"model.layers.{layer}.{target}"] = flat.detach()
+    return result
+
+
+def one_document(rows: int, tokens: int) -> Tensor:
+    return torch.tensor([[0, tokens]] * rows, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("tokens", [1, 37, 64])
+def test_logits_and_gradients(shape: dict, tokens: int) -> None:
+    ours, theirs = make_pair(make_config(**shape), seed=tokens)
+    ids = torch.randint(101, (2, tokens))
+    targets = torch.randint(101, (2, tokens))
+    mine = ours(ids, one_document(2, tokens))
+    reference = theirs(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
+
+    ours(ids, one_document(2, tokens), targets=targets).mean().backward()
+    F.cross_entropy(reference.flatten(0, 1), targets.flatten()).backward()
+    gradients = to_theirs({name: p.grad for name, p in ours.named_parameters()})
+    scale = max(p.grad.abs().max() for p in theirs.parameters())
+    for name, parameter in theirs.named_parameters():
+        error = (gradients[name] - parameter.grad).abs().max() / max(parameter.grad.abs().max(), 1e-3 * scale)
+        assert error < 1e-4, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("kind", [L, S])
+def test_aux_loss_of_one_layer(kind: LayerType) -> None:
+    """transformers pools over layers and lets f sum to top_k; on one layer it is top_k times ours."""
+    cfg = make_config(layer_types=[kind], num_heads=4, num_kv_heads=2)
+    ours, theirs = make_pair(cfg, seed=3)
+    ids = torch.randint(101, (2, 50))
+    weight = 0.25
+    loss = ours(ids, one_document(2, 50), targets=ids, aux_weight=weight).mean()
+    loss.backward()
+    output = theirs(input_ids=ids, use_cache=False, output_router_logits=True)
+    aux_loss = output.aux_loss / cfg.experts_per_token
+    torch.testing.assert_close(ours.routers()[0].aux_loss, aux_loss.detach(), rtol=1e-5, atol=1e-6)
+    (F.cross_entropy(output.logits.flatten(0, 1), ids.flatten()) + weight * aux_loss).backward()
+    mine = ours.blocks["0"].moe.router.gate.weight.grad
+    torch.testing.assert_close(mine, theirs.model.layers[0].mlp.gate.weight.grad, rtol=1e-4, atol=1e-6)
