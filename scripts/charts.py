@@ -1,0 +1,341 @@
+"""Line charts and heat maps as HTML strings with inline SVG, and the style and script of their page.
+
+Colours are CSS classes, so one picture serves light and dark. Every shape carries its numbers (`data-series`,
+`data-tip`); the script shows them on hover.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+MAX_POINTS = 2000
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 34  # margins around the plotting area, in SVG units
+MAX_COLUMNS = 120
+
+STYLE = """
+:root { color-scheme: light dark; --page:#f4f4f1; --card:#fff; --ink:#17171a; --soft:#5d5d63; --line:#e2e2dd;
+  --one:#2a6fd6; --two:#e0632b; --hot:#d03b3b; --cold:#2a6fd6; --mid:#ededea; --good:#1a7f37; --bad:#c62f2f; }
+@media (prefers-color-scheme: dark) { :root { --page:#111113; --card:#1b1b1e; --ink:#f1f1ef; --soft:#a3a3a8;
+  --line:#323236; --one:#5b9bf3; --two:#f08a4b; --hot:#ee6a5f; --cold:#4f93f0; --mid:#2d2d31; --good:#4cc26a;
+  --bad:#ff7b72; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 28px 24px 60px; max-width: 1240px; background: var(--page); color: var(--ink);
+  font: 14px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 24px; margin: 0 14px 0 0; display: inline-block; overflow-wrap: anywhere; }
+h2 { font-size: 17px; margin: 34px 0 12px; }
+.status { border: 1px solid; border-radius: 99px; padding: 2px 12px; color: var(--soft); }
+.status.DONE { color: var(--good); } .status.REQUEUE { color: var(--two); }
+.status.FAILED, .warn { color: var(--bad); }
+p { color: var(--soft); margin: 6px 0; }
+.tiles, .grid { display: grid; gap: 14px; margin-top: 18px; }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); }
+.grid { grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); align-items: start; }
+.wide { grid-column: 1 / -1; }
+.tile, figure, .table, details { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  padding: 12px 16px; margin: 0; }
+.tile { color: var(--soft); } .tile i { font-style: normal; font-size: 12px; }
+.tile b { display: block; color: var(--ink); font-size: 21px; font-weight: 600; line-height: 1.3; }
+figcaption { display: flex; flex-wrap: wrap; gap: 4px 16px; margin-bottom: 8px; align-items: baseline; }
+figcaption b { font-weight: 600; margin-right: auto; }
+.key::before { content: ""; display: inline-block; width: 16px; height: 3px; border-radius: 2px;
+  margin-right: 6px; vertical-align: middle; background: var(--one); }
+.key.faint::before { opacity: .4; } .key.points::before { background: var(--two); width: 8px; height: 8px; }
+svg { display: block; width: 100%; height: auto; }
+svg text { fill: var(--soft); font-size: 11.5px; font-variant-numeric: tabular-nums; text-anchor: middle; }
+svg text[text-anchor=end] { text-anchor: end; }
+.rule, .axis { stroke: var(--line); fill: none; } .axis { stroke: var(--soft); opacity: .6; }
+.curve { fill: none; stroke: var(--one); stroke-width: 1.8; stroke-linejoin: round; }
+.curve.faint { opacity: .35; stroke-width: 1; } .curve.points { stroke: var(--two); stroke-width: 1.4; }
+.dot { fill: var(--one); } .dot.faint { opacity: .35; } .dot.points { fill: var(--two); stroke: var(--card); }
+.hot { fill: var(--hot); } .cold { fill: var(--cold); } .mid { fill: var(--mid); }
+.gap { stroke: var(--card); fill: none; } .cursor { stroke: var(--soft); stroke-dasharray: 3 3; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: 4px 10px; border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 500; }
+caption { text-align: left; font-weight: 600; padding-bottom: 6px; }
+details { margin-top: 34px; } summary { cursor: pointer; font-weight: 600; }
+pre { overflow-x: auto; font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace; }
+#tip { position: fixed; visibility: hidden; pointer-events: none; background: var(--ink); color: var(--page);
+  border-radius: 6px; padding: 5px 9px; font-size: 12px; white-space: pre; }
+"""
+
+SCRIPT = """
+const tip = document.getElementById('tip');
+const plain = v => Math.abs(v) >= 1e4 ? v.toLocaleString('en') : String(v);
+const show = (event, text) => {
+  tip.textContent = text; tip.style.visibility = 'visible';
+  tip.style.left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8) + 'px';
+  tip.style.top = Math.max(event.clientY - tip.offsetHeight - 10, 4) + 'px';
+};
+for (const svg of document.querySelectorAll('svg[data-series]')) {
+  const series = JSON.parse(svg.dataset.series), cursor = svg.querySelector('.cursor');
+  svg.onpointermove = event => {
+    const x = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse()).x;
+    const near = series.filter(s => s.points.length).map(s => [s.name, s.points.reduce(
+      (a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a)]);
+    if (!near.length) return;
+    const at = near.reduce((a, b) => Math.abs(b[1][0] - x) < Math.abs(a[1][0] - x) ? b : a)[1];
+    cursor.setAttribute('x1', at[0]); cursor.setAttribute('x2', at[0]);
+    const here = near.filter(([, p]) => Math.abs(p[0] - at[0]) < 6);
+    const lines = here.map(([name, p]) => `${name}: ${plain(p[3])}`);
+    show(event, [`step ${plain(at[2])}, ${plain(at[1])} tokens`, ...lines].join('\\n'));
+  };
+  svg.onpointerleave = () => { cursor.setAttribute('x1', -9); cursor.setAttribute('x2', -9); };
+}
+document.onpointermove = event => {
+  const cell = event.target.closest('[data-tip]');
+  if (cell) show(event, cell.dataset.tip);
+  else if (!event.target.closest('svg[data-series]')) tip.style.visibility = 'hidden';
+};
+"""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve over tokens; `style` is `line`, `faint` (raw values behind a smoothed line) or `points`."""
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    step: np.ndarray
+    style: str = "line"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Maps values of [low, high] to SVG units of [start, end]."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def place(self, values: ArrayLike) -> np.ndarray:
+        low, high, at = (np.log10(v) if self.log else np.asarray(v) for v in (self.low, self.high, values))
+        return self.start + (at - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self, count: int) -> list[float]:
+        if self.log:
+            first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
+            return [10.0**k for k in range(first, last + 1, 1 + (last - first) // count)]
+        rough = (self.high - self.low) / count
+        unit = 10.0 ** math.floor(math.log10(rough))
+        unit *= next(m for m in (1, 2, 5, 10) if m * unit >= 0.7 * rough)
+        first, last = math.ceil(self.low / unit - 1e-9), math.floor(self.high / unit + 1e-9)
+        return [k * unit for k in range(first, last + 1)]
+
+
+def number(value: float) -> str:
+    """Format a number for an axis or a tile: 12500000 -> 12.5M, 0.0003 -> 3e-4."""
+    if not math.isfinite(value):
+        return str(value)
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{suffix}"
+    if value == 0 or abs(value) >= 1e-3:
+        return f"{value:.4g}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def smooth(values: np.ndarray, half: int) -> np.ndarray:
+    """Average the finite values within `half` places; the window shrinks at both ends, so nothing lags."""
+    index = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
+    finite = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(finite)])
+    low, high = index - reach, index + reach + 1
+    seen = count[high] - count[low]
+    return np.where(seen > 0, (total[high] - total[low]) / np.maximum(seen, 1), np.nan)
+
+
+def thin(values: np.ndarray, limit: int = MAX_POINTS) -> np.ndarray:
+    """Return at most `limit` indices: the ends and each bucket's extremes, so that spikes survive."""
+    if len(values) <= limit:
+        return np.arange(len(values))
+    keep = {0, len(values) - 1}
+    for bucket in np.array_split(np.arange(len(values)), limit // 2 - 1):
+        finite = bucket[np.isfinite(values[bucket])]
+        ends = (
+            (finite[values[finite].argmin()], finite[values[finite].argmax()]) if len(finite) else bucket[:1]
+        )
+        keep.update(int(i) for i in ends)
+    return np.array(sorted(keep))
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    width: int = 560,
+    height: int = 230,
+    zero: bool = False,
+    log: bool = False,
+) -> str:
+    """Draw curves over tokens; an empty string if there are none.
+
+    Args:
+        title: what is shown, with the unit.
+        series: curves; NaN and infinity leave a gap and are counted in the caption.
+        width: of the drawing, in SVG units.
+        height: of the drawing, in SVG units.
+        zero: whether the y axis includes 0.
+        log: whether the y axis becomes logarithmic when positive values span more than a factor of 100.
+    """
+    series = [s for s in series if len(s.x)]
+    if not series:
+        return ""
+    x_axis, y_axis = _axes(series, width, height, zero, log)
+    body, hover = [_frame(x_axis, y_axis)], []
+    for curve in series:
+        kept = thin(curve.y)
+        x, y, step = curve.x[kept], curve.y[kept], curve.step[kept]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            px, py = x_axis.place(x), y_axis.place(np.where(np.isfinite(y), y, np.nan))
+        body.append(_curve(px, py, curve.style))
+        points = [
+            [round(float(p), 1), float(tokens), float(s), float(f"{v:.5g}")]
+            for p, tokens, s, v in zip(px, x, step, y, strict=True)
+            if math.isfinite(v)
+        ]
+        hover.append({"name": curve.name, "points": points})
+    bad = max(int((~np.isfinite(s.y)).sum()) for s in series)
+    keys = [f'<span class="key {s.style}">{escape(s.name)}</span>' for s in series] if len(series) > 1 else []
+    keys += [f'<span class="warn">{bad} not finite</span>'] if bad else []
+    cursor = f'<line class="cursor" y1="{TOP}" y2="{height - BOTTOM}" x1="-9" x2="-9"/>'
+    data = escape(json.dumps(hover, separators=(",", ":")))
+    return _figure(title, "".join(keys), f'data-series="{data}"', width, height, "".join(body) + cursor)
+
+
+def heat_map(
+    title: str,
+    values: np.ndarray,
+    tips: Sequence[Sequence[str]],
+    *,
+    columns: str,
+    labels: Sequence[int],
+    centre: float,
+    limit: float,
+    width: int = 560,
+) -> str:
+    """Draw a matrix [layers, columns] around a neutral value.
+
+    Args:
+        title: what is shown, with the unit.
+        values: [layers, columns]; NaN stays neutral.
+        tips: the hover text of each cell.
+        columns: what a column is.
+        labels: one number for each column.
+        centre: the neutral value; colours below it run down to 0.
+        limit: the value at which the upper colour saturates.
+        width: of the drawing, in SVG units.
+    """
+    rows, cols = values.shape
+    top, cell_w, cell_h = 34, (width - LEFT - RIGHT) / cols, min(22.0, max(5.0, 260 / rows))
+    right, bottom = width - RIGHT, top + rows * cell_h
+    size = f'width="{cell_w:.2f}" height="{cell_h:.2f}"'
+    body = [f'<rect class="mid" x="{LEFT}" y="{top}" width="{right - LEFT}" height="{bottom - top:.1f}"/>']
+    for r, c in np.ndindex(rows, cols):
+        box = f'x="{LEFT + c * cell_w:.2f}" y="{top + r * cell_h:.2f}" {size} data-tip="{escape(tips[r][c])}"'
+        body.append(f"<rect {_shade(float(values[r, c]), centre, limit)} {box}/>")
+    lines = [f"M{LEFT} {top + r * cell_h:.2f}H{right}" for r in range(1, rows) if cell_h >= 6]
+    lines += [f"M{LEFT + c * cell_w:.2f} {top}V{bottom:.2f}" for c in range(1, cols) if cell_w >= 6]
+    body.append(f'<path class="gap" d="{"".join(lines)}"/>')
+    for r in range(0, rows, max(1, math.ceil(14 / cell_h))):
+        body.append(_text(LEFT - 6, top + (r + 0.5) * cell_h + 4, str(r), "end"))
+    for c in range(0, cols, max(1, math.ceil(44 / cell_w) if cell_w < 22 else 1)):
+        body.append(_text(LEFT + (c + 0.5) * cell_w, bottom + 15, f"{labels[c]:,}"))
+    body.append(_text((LEFT + right) / 2, bottom + 30, columns))
+    middle = (top + bottom) / 2
+    body.append(f'<text transform="rotate(-90 14 {middle:.1f})" x="14" y="{middle:.1f}">layer</text>')
+    body.append(_legend(right, centre, limit, cold=bool((values < centre).any())))
+    return _figure(title, "", "", width, bottom + 36, "".join(body))
+
+
+def merge_columns(values: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
+    """Join neighbours of [layers, time] by maximum: at most MAX_COLUMNS triples (first, last, column)."""
+    groups = np.array_split(np.arange(values.shape[1]), min(MAX_COLUMNS, values.shape[1]))
+    # fmax: a NaN column (an interval without choices) does not hide its neighbours.
+    return [(int(g[0]), int(g[-1]), np.fmax.reduce(values[:, g], axis=1)) for g in groups]
+
+
+def _axes(series: Sequence[Series], width: int, height: int, zero: bool, log: bool) -> tuple[Axis, Axis]:
+    x = np.concatenate([s.x for s in series])
+    y = np.concatenate([s.y[np.isfinite(s.y)] for s in series])
+    y = y if len(y) else np.array([0.0, 1.0])
+    x_low, x_high = float(x.min()), float(x.max())
+    if x_low == x_high:
+        x_low, x_high = x_low - 0.5 * max(abs(x_low), 1), x_high + 0.5 * max(abs(x_high), 1)
+    low, high = float(y.min()), float(y.max())
+    log = log and low > 0 and high / low > 100
+    low = min(low, 0.0) if zero and not log else low
+    if log:
+        low, high = low / 1.3, high * 1.3
+    elif low == high:
+        low, high = (low, low + 1.0) if low == 0 else (low - 0.1 * abs(low), high + 0.1 * abs(high))
+    else:
+        pad = 0.06 * (high - low)
+        low, high = (low if zero and low == 0 else low - pad), high + pad
+    return Axis(x_low, x_high, LEFT, width - RIGHT), Axis(low, high, height - BOTTOM, TOP, log)
+
+
+def _frame(x_axis: Axis, y_axis: Axis) -> str:
+    parts = []
+    for value in y_axis.ticks(5):
+        y = float(y_axis.place(value))
+        parts.append(f'<path class="rule" d="M{x_axis.start} {y:.1f}H{x_axis.end}"/>')
+        parts.append(_text(x_axis.start - 7, y + 4, number(value), "end"))
+    floor = y_axis.start
+    parts.append(f'<path class="axis" d="M{x_axis.start} {floor}H{x_axis.end}"/>')
+    for value in x_axis.ticks(max(3, round((x_axis.end - x_axis.start) / 90))):
+        x = float(x_axis.place(value))
+        parts.append(f'<path class="axis" d="M{x:.1f} {floor}v4"/>')
+        parts.append(_text(x, floor + 16, number(value)))
+    return "".join(parts) + _text((x_axis.start + x_axis.end) / 2, floor + 31, "tokens")
+
+
+def _curve(px: np.ndarray, py: np.ndarray, style: str) -> str:
+    """Draw a path that breaks at NaN; lone points, and all points of style `points`, become circles."""
+    finite = np.isfinite(py)
+    commands, circles = [], []
+    for i in np.flatnonzero(finite):
+        joined = i > 0 and bool(finite[i - 1])
+        commands.append(f"{'L' if joined else 'M'}{px[i]:.1f} {py[i]:.1f}")
+        if style == "points" or not (joined or (i + 1 < len(py) and finite[i + 1])):
+            circles.append(f'<circle class="dot {style}" cx="{px[i]:.1f}" cy="{py[i]:.1f}" r="3.5"/>')
+    return f'<path class="curve {style}" d="{"".join(commands)}"/>' + "".join(circles)
+
+
+def _shade(value: float, centre: float, limit: float) -> str:
+    if not math.isfinite(value):
+        return 'class="mid"'
+    share = (value - centre) / (limit - centre) if value >= centre else (centre - value) / centre
+    return f'class="{"hot" if value >= centre else "cold"}" fill-opacity="{min(share, 1.0):.2f}"'
+
+
+def _legend(right: float, centre: float, limit: float, cold: bool) -> str:
+    samples = [*(np.linspace(0, centre, 5)[:-1] if cold else []), *np.linspace(centre, limit, 5)]
+    left, parts = right - 20 * len(samples), []
+    for i, value in enumerate(samples):
+        box = f'x="{left + 20 * i}" y="2" width="20" height="10"'
+        parts.append(f'<rect class="mid" {box}/><rect {_shade(value, centre, limit)} {box}/>')
+    parts.append(_text(left + 10, 25, number(samples[0])))
+    parts.append(_text(left + 90, 25, number(centre)) if cold else "")
+    return f'<g class="legend">{"".join(parts)}{_text(right, 25, f"≥ {limit:.3g}", "end")}</g>'
+
+
+def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _figure(title: str, keys: str, data: str, width: float, height: float, body: str) -> str:
+    label = escape(title)
+    svg = f'<svg role="img" aria-label="{label}" viewBox="0 0 {width} {height:.0f}" {data}>{body}</svg>'
+    return f"<figure><figcaption><b>{label}</b>{keys}</figcaption>{svg}</figure>"

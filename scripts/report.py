@@ -1,0 +1,298 @@
+"""Write RUN_DIR/report.html: loss, learning rate, throughput, expert load and drops of a run in one file."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # import from the repository root, not from scripts/
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+from typing import Any, TypeVar
+
+import numpy as np
+
+from scripts.charts import SCRIPT, STYLE, Series, heat_map, line_chart, merge_columns, number, smooth
+
+Row = TypeVar("Row")
+STATUS = {
+    "FAILED": "failed",
+    "REQUEUE": "stopped after saving, wants to go on",
+    "DONE": "finished",
+    "": "running or interrupted",  # no sentinel file: kill -9 and a lost node leave none
+}
+
+
+@dataclass(frozen=True)
+class ExpertRow:
+    """One line of experts.jsonl; `load` and `dropped` are [layers, experts], `moved` is [layers]."""
+
+    step: int
+    load: np.ndarray
+    dropped: np.ndarray
+    moved: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What a run directory says; `ending` is the sentinel file's name and text, `torn` names files."""
+
+    name: str
+    metrics: list[dict[str, float | None]]
+    experts: list[ExpertRow]
+    ending: tuple[str, str]
+    torn: list[str]
+    config: str
+
+
+def read_jsonl(path: Path, parse: Callable[[Any], Row]) -> tuple[list[Row], bool]:
+    """Parse each line; True if a torn last line (a crash while writing) was left out."""
+    rows: list[Row] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for place, line in enumerate(lines, start=1):
+        if place == len(lines) and not line:
+            break
+        try:
+            rows.append(parse(json.loads(line)))
+        except ValueError as error:
+            if place == len(lines) and isinstance(error, json.JSONDecodeError):
+                return rows, True
+            remedy = "repair or delete the line"
+            raise ValueError(
+                f"{path}:{place}: {error}; every line but a torn last one is JSON; {remedy}"
+            ) from error
+    return rows, False
+
+
+def parse_metrics(record: Any) -> dict[str, float | None]:
+    """Check one line of metrics.jsonl: numbers or null, with step and tokens."""
+    if not isinstance(record, dict):
+        raise ValueError(f"got {type(record).__name__}, must be an object")
+    if missing := {"step", "tokens", "loss"} - set(record):
+        raise ValueError(f"misses {', '.join(sorted(missing))}")
+    for key, value in record.items():
+        rule = int if key in ("step", "tokens") else int | float | None
+        if not isinstance(value, rule):
+            raise ValueError(f"{key}={value!r} must be of type {getattr(rule, '__name__', rule)}")
+    return record
+
+
+def parse_experts(record: Any) -> ExpertRow:
+    """Check one line of experts.jsonl."""
+    try:
+        load, dropped, moved = (np.array(record[key], dtype=float) for key in ("load", "dropped", "moved"))
+        step = int(record["step"])
+    except (KeyError, TypeError, OverflowError) as error:
+        raise ValueError(f"{error!r}; must hold step, load, dropped and moved") from error
+    if load.ndim != 2 or not load.size or dropped.shape != load.shape or moved.shape != load.shape[:1]:
+        rule = "must be [layers][experts], [layers][experts] and [layers]"
+        raise ValueError(
+            f"load, dropped and moved have the shapes {load.shape}, {dropped.shape}, {moved.shape}; {rule}"
+        )
+    return ExpertRow(step, load, dropped, moved)
+
+
+def column(rows: list[dict[str, float | None]], key: str) -> Series:
+    """The values of one key over tokens, without rows where it is null or missing."""
+    kept = [row for row in rows if row.get(key) is not None]
+    tokens, values, step = (np.array([row[k] for row in kept], dtype=float) for k in ("tokens", key, "step"))
+    return Series(key, tokens, values, step)
+
+
+def metric_charts(rows: list[dict[str, float | None]]) -> str:
+    """All charts over tokens; a chart whose values are all null is left out."""
+    loss, held_out = column(rows, "loss"), column(rows, "eval_loss")
+    half = len(loss.y) // 60
+    raw = Series("each step" if half else "train", loss.x, loss.y, loss.step, "faint" if half else "line")
+    curves = [raw, Series("smoothed", loss.x, smooth(loss.y, half), loss.step)] if half else [raw]
+    curves.append(Series("held out", held_out.x, held_out.y, held_out.step, "points"))
+    charts = [f'<div class="wide">{line_chart("Loss", curves, width=1150, height=330)}</div>']
+
+    def add(key: str, title: str, scale: float = 1.0, *, zero: bool = True, log: bool = False) -> None:
+        one = column(rows, key)
+        charts.append(line_chart(title, [Series(key, one.x, one.y * scale, one.step)], zero=zero, log=log))
+
+    add("lr", "Learning rate")
+    add("grad_norm", "Gradient norm", log=True)
+    add("tokens_per_second", "Throughput (tokens per second)")
+    add("mfu", "Model FLOPs utilisation (%)", 100)
+    add("aux_loss", "Load-balancing loss, before its coefficient", zero=False)
+    add("max_violation", "Max violation (worst layer: max / mean - 1)")
+    add("drop_rate", "Dropped choices (%)", 100)
+    return "".join(charts)
+
+
+def expert_section(rows: list[ExpertRow]) -> str:
+    """Heat maps of load, drops and moves, and the extreme experts of the last interval."""
+    if not rows:
+        return "<p>No expert load was logged.</p>"
+    last, mean = rows[-1], np.stack([row.load.mean(axis=1) for row in rows], axis=1)
+    total_load, total_dropped = (
+        np.sum([getattr(row, k) for row in rows], axis=0) for k in ("load", "dropped")
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = last.load / last.load.mean(axis=1, keepdims=True)
+        peak = np.stack([row.load.max(axis=1) for row in rows], axis=1) / mean
+        moved = 100 * np.stack([row.moved for row in rows], axis=1) / (mean * last.load.shape[1])
+        dropped = 100 * total_dropped / total_load
+    steps = [row.step for row in rows]
+    charts = [_expert_map(f"Load / mean at step {last.step} (1 = balanced)", share, last.load, 1, 2)]
+    charts.append(_time_map("Busiest expert / mean over time", peak, steps, 1, max(2.0, _top(peak, 0.95))))
+    charts += _extremes(share, last.load)
+    if total_dropped.any():
+        title = "Dropped choices of the whole run (%)"
+        charts.append(_expert_map(title, dropped, total_dropped, 0, _top(dropped)))
+    if np.nan_to_num(moved).any():
+        charts.append(_time_map("Moved choices over time (%)", moved, steps, 0, _top(moved)))
+    return f'<div class="grid">{"".join(charts)}</div>'
+
+
+def _top(values: np.ndarray, quantile: float = 1.0) -> float:
+    finite = values[np.isfinite(values)]
+    return float(np.quantile(finite, quantile)) if len(finite) else 1.0
+
+
+def _expert_map(title: str, values: np.ndarray, counts: np.ndarray, centre: float, limit: float) -> str:
+    layers, experts = values.shape
+    tips = [
+        [f"layer {r}, expert {c}: {values[r, c]:.3g} ({counts[r, c]:,.0f} choices)" for c in range(experts)]
+        for r in range(layers)
+    ]
+    return heat_map(title, values, tips, columns="expert", labels=range(experts), centre=centre, limit=limit)
+
+
+def _time_map(title: str, values: np.ndarray, steps: list[int], centre: float, limit: float) -> str:
+    merged = merge_columns(values)
+    names = [str(steps[a]) if a == b else f"{steps[a]} to {steps[b]}" for a, b, _ in merged]
+    matrix = np.stack([top for _, _, top in merged], axis=1)
+    tips = [
+        [f"layer {r}, step {name}: {v:.3g}" for name, v in zip(names, row, strict=True)]
+        for r, row in enumerate(matrix)
+    ]
+    labels = [steps[b] for _, b, _ in merged]
+    return heat_map(title, matrix, tips, columns="step", labels=labels, centre=centre, limit=limit)
+
+
+def _extremes(share: np.ndarray, load: np.ndarray) -> list[str]:
+    order = [i for i in np.argsort(share, axis=None, kind="stable") if np.isfinite(share.flat[i])]
+    tables = []
+    for caption, picked in (("Most loaded experts", order[::-1][:5]), ("Least loaded experts", order[:5])):
+        cells = [(*divmod(int(i), share.shape[1]), share.flat[i], load.flat[i]) for i in picked]
+        body = "".join(f"<tr><td>{r}<td>{c}<td>{s:.2f}<td>{n:,.0f}" for r, c, s, n in cells)
+        head = "<tr><th>layer<th>expert<th>load / mean<th>choices"
+        tables.append(f'<div class="table"><table><caption>{caption}</caption>{head}{body}</table></div>')
+    return tables
+
+
+def tiles(rows: list[dict[str, float | None]]) -> str:
+    """The summary line: progress, losses, speed, drops."""
+    loss, speed, drops = (column(rows, key).y for key in ("loss", "tokens_per_second", "drop_rate"))
+    held_out, mfu, memory = (column(rows, key) for key in ("eval_loss", "mfu", "max_memory_gib"))
+    cells = [
+        ("Steps", f"{rows[-1]['step']:,}", f"{len(rows):,} logged"),
+        ("Tokens", number(rows[-1]["tokens"] or 0), ""),
+    ]
+    if len(loss):
+        cells.append(("Training loss", f"{loss[-1]:.3f}", f"from {loss[0]:.3f}"))
+    if len(held_out.y):
+        cells.append(("Held-out loss", f"{held_out.y[-1]:.3f}", f"step {held_out.step[-1]:,.0f}"))
+    if len(speed):
+        cells.append(("Tokens/s", number(float(np.median(speed))), "median"))
+    if len(drops):
+        cells.append(("Drop rate", f"{100 * np.mean(drops):.2f}%", "mean"))
+    if len(mfu.y):
+        cells.append(("MFU", f"{100 * np.median(mfu.y):.1f}%", "median"))
+    if len(memory.y):
+        cells.append(("Peak memory", f"{memory.y.max():.1f} GiB", "highest"))
+    if skipped := column(rows, "skipped").y.sum():
+        cells.append(("Skipped steps", f"{skipped:.0f}", ""))
+    parts = [
+        f'<div class="tile">{name}<b>{escape(value)}</b><i>{note}</i></div>' for name, value, note in cells
+    ]
+    return f'<div class="tiles">{"".join(parts)}</div>'
+
+
+def read_ending(run_dir: Path) -> tuple[str, str]:
+    """Return the sentinel file's name and what it says; two empty strings if there is none."""
+    for name in STATUS:
+        path = run_dir / name
+        if name and path.exists():
+            try:
+                end = json.loads(path.read_text(encoding="utf-8"))
+                return name, f"exit code {end['code']} at step {end['step']}: {end['reason']}"
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}: {error!r}; must be JSON with code, step and reason; delete it"
+                ) from error
+    return "", ""
+
+
+def read_run(run_dir: Path) -> RunRecord:
+    """Read all files of a run directory; ValueError names the file and line that cannot be used."""
+    metrics, experts, config = (run_dir / name for name in ("metrics.jsonl", "experts.jsonl", "config.yaml"))
+    if not metrics.is_file():
+        raise ValueError(
+            f"{metrics} does not exist; RUN_DIR must be a run directory (run_dir=... of train/pretrain.py)"
+        )
+    rows, torn = read_jsonl(metrics, parse_metrics)
+    if not rows:
+        raise ValueError(f"{metrics} holds no complete line; wait for the first logged step")
+    loads, torn_loads = read_jsonl(experts, parse_experts) if experts.is_file() else ([], False)
+    if len({row.load.shape for row in loads}) > 1:
+        raise ValueError(f"{experts}: the shape of load changes between lines; one file must hold one run")
+    return RunRecord(
+        name=run_dir.resolve().name,
+        metrics=rows,
+        experts=loads,
+        ending=read_ending(run_dir),
+        torn=[path.name for path, found in ((metrics, torn), (experts, torn_loads)) if found],
+        config=config.read_text(encoding="utf-8") if config.is_file() else f"{config} does not exist",
+    )
+
+
+def render(run: RunRecord) -> str:
+    """Return the page."""
+    sentinel, note = run.ending
+    torn = "".join(
+        f'<p class="warn">{name}: the last line is torn and was left out.</p>' for name in run.torn
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(run.name)}</title><style>{STYLE}</style></head><body>
+<header><h1>{escape(run.name)}</h1><span class="status {sentinel}">{STATUS[sentinel]}</span>
+<p>{escape(note)}</p>{torn}</header>
+{tiles(run.metrics)}
+<div class="grid">{metric_charts(run.metrics)}</div>
+<h2>Experts</h2>{expert_section(run.experts)}
+<details><summary>Resolved configuration</summary><pre>{escape(run.config)}</pre></details>
+<div id="tip"></div><script>{SCRIPT}</script></body></html>
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the report; exit code 2 if the run directory cannot be read."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="holds metrics.jsonl; receives report.html"
+    )
+    run_dir = parser.parse_args(argv).run_dir
+    try:
+        run = read_run(run_dir)
+    except ValueError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    target = run_dir / "report.html"
+    target.write_text(render(run), encoding="utf-8")
+    first, last, held_out = run.metrics[0], run.metrics[-1], column(run.metrics, "eval_loss")
+    summary = f"loss {first['loss']:.4f} at step {first['step']}, {last['loss']:.4f} at step {last['step']}"
+    if len(held_out.y):
+        summary += f"; held-out loss {held_out.y[-1]:.4f}"
+    print(f"{summary}\nwrote {target}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,271 @@
+"""The configuration of a run: dataclasses of all parts, composed by Hydra, checked before any allocation.
+
+Invariant: nothing changes a config after `load_config`; what is derived is a property or a function of it.
+"""
+
+import difflib
+import hashlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.config import DataConfig
+from model.config import ModelConfig, RouterConfig
+from parallel.config import ParallelConfig
+from train.checkpoint import CheckpointConfig
+from train.metrics import LogConfig, WandbConfig
+from train.optimizer import OptimizerConfig
+from train.schedule import ScheduleConfig
+
+CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
+
+
+class ConfigError(ValueError):
+    """The user's configuration or data cannot be used; the text says what, why and what could."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """A ValueError from here concerns what the user gave."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+class Precision(StrEnum):
+    """What the model computes in; masters, moments and reductions are fp32."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass(kw_only=True)
+class BatchConfig:
+    """Sizes of a batch, in rows and input tokens."""
+
+    row_tokens: int = MISSING
+    """Tokens of a packed row: the context length."""
+    micro_rows: int = 1
+    """Rows that a data-parallel rank runs at once."""
+    global_tokens: int = MISSING
+    """Tokens of an optimizer step."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """How long and in which arithmetic."""
+
+    steps: int = MISSING
+    """Optimizer steps of the whole run."""
+    dtype: Precision = Precision.bf16
+    """What the model computes in."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time."""
+    device: Device = Device.auto
+    """auto: a GPU where there is one."""
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """Loss on the held-out documents."""
+
+    every: int | None = None
+    """Steps between evaluations; null = never."""
+    rows: int = 8
+    """Rows of each evaluation, the same every time."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything that a run depends on."""
+
+    name: str = MISSING
+    """Name of the run; the conf= name unless given."""
+    run_dir: str = MISSING
+    """Where the run writes; runs/NAME unless given."""
+    seed: int = 0
+    """Of initial weights and data order."""
+    model: ModelConfig = MISSING
+    router: RouterConfig = field(default_factory=RouterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def num_micro_batches(self, dp: int) -> int:
+        """Micro-batches of a step on each of dp data-parallel ranks."""
+        return self.batch.global_tokens // (self.batch.row_tokens * self.batch.micro_rows * dp)
+
+    def validate(self, world_size: int) -> None:
+        """Check what concerns several parts or the world size.
+
+        Raises:
+            ConfigError: with key, value, rule and remedy.
+        """
+        with user_errors():
+            dp = self.parallel.dp(world_size)
+        positive = {
+            "batch.row_tokens": self.batch.row_tokens,
+            "batch.micro_rows": self.batch.micro_rows,
+            "batch.global_tokens": self.batch.global_tokens,
+            "train.steps": self.train.steps,
+            "eval.every": 1 if self.eval.every is None else self.eval.every,
+            "eval.rows": self.eval.rows,
+        }
+        for key, value in positive.items():
+            if value < 1:
+                raise ConfigError(f"{key}={value} must be at least 1")
+        if not self.data.sources:
+            raise ConfigError("data.sources is empty; give at least one {path: PREFIX, weight: 1.0}")
+        rows, unit = self.batch.micro_rows * dp, self.batch.row_tokens * self.batch.micro_rows * dp
+        if self.batch.global_tokens % unit:
+            nearest = max(1, round(self.batch.global_tokens / unit)) * unit
+            raise ConfigError(
+                f"batch.global_tokens={self.batch.global_tokens} must be a multiple of batch.row_tokens * "
+                f"batch.micro_rows * dp = {self.batch.row_tokens} * {self.batch.micro_rows} * {dp} = {unit}; "
+                f"the nearest is {nearest}"
+            )
+        if self.eval.every is not None and self.eval.rows % rows:
+            nearest = -(-self.eval.rows // rows) * rows
+            raise ConfigError(
+                f"eval.rows={self.eval.rows} must be a multiple of batch.micro_rows * dp = {rows}; "
+                f"use {nearest}"
+            )
+        if self.eval.every is not None and self.data.eval_fraction == 0:
+            raise ConfigError("eval.every needs held-out documents; set data.eval_fraction above 0")
+
+
+def register_schema() -> None:
+    """Tell Hydra the types of all keys; conf/pretrain.yaml begins with them."""
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def load_config(composed: DictConfig) -> RunConfig:
+    """The composed configuration as dataclasses, interpolations resolved.
+
+    Raises:
+        ConfigError: a value is missing or out of its range.
+    """
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(f"no value for {', '.join(missing)}; set it in the run file or on the command line")
+    try:
+        cfg = OmegaConf.to_object(composed)
+    except ValueError as error:
+        if isinstance(error, OmegaConfBaseException):
+            raise
+        raise ConfigError(str(error)) from error
+    assert isinstance(cfg, RunConfig)
+    return cfg
+
+
+def rewrite_conf(argv: list[str], env: Mapping[str, str]) -> list[str]:
+    """`conf=NAME` -> `run=NAME`; `conf=FILE.yaml` -> a search path and the staged file; the rest unchanged.
+
+    Raises:
+        ConfigError: no conf=, an unknown name, an added or deleted key, or --multirun.
+    """
+    args: list[str] = []
+    for arg in argv:
+        key, _, value = arg.partition("=")
+        if key == "conf" and value.endswith(".yaml"):
+            args += stage_run_file(Path(value))
+        elif key == "conf":
+            if value not in run_names():
+                raise ConfigError(
+                    f"conf={value}: no such run{_suggest(value, run_names())}; there are {run_names()}"
+                )
+            args.append(f"run={value}")
+        elif key.startswith(("+", "~")) and not key.lstrip("+~").startswith("hydra"):
+            raise ConfigError(f"{arg}: keys are declared fields; adding or deleting one is refused")
+        else:
+            args.append(arg)
+    if {"-m", "--multirun"} & set(argv):
+        raise ConfigError("--multirun would run all jobs in one process group; start one process group a job")
+    if not any(
+        arg.startswith(("conf=", "--help", "-h", "--hydra-help", "--info", "--version")) for arg in argv
+    ):
+        raise ConfigError(f"conf=NAME or conf=FILE.yaml is required; named runs: {run_names()}")
+    if {"--cfg", "-c"} & set(argv) and "--resolve" not in argv:
+        args.append("--resolve")
+    return args
+
+
+def run_names() -> list[str]:
+    """Names that conf= accepts."""
+    root = CONF_DIR / "run"
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+
+
+def stage_run_file(path: Path) -> list[str]:
+    """Make any YAML file selectable as a run, under a private name that no file of conf/run can shadow."""
+    if not path.is_file():
+        raise ConfigError(f"conf={path}: no such file")
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"conf={path}: not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"conf={path}: must hold keys and values")
+    lines = [] if "name" in content else [f"name: {path.stem}\n"]
+    name = f"{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    folder = Path(tempfile.mkdtemp(prefix="longspan-conf-"))
+    (folder / "run").mkdir()
+    staged = "".join(["# @package _global_\n", *lines, text])
+    (folder / "run" / f"{name}.yaml").write_text(staged, encoding="utf-8")
+    return [f"hydra.searchpath=[file://{folder}]", f"run={name}"]
+
+
+def explain(error: HydraException | OmegaConfBaseException) -> str:
+    """One line for the user: the innermost cause, the full key and the keys that resemble it."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = str(cause).strip().splitlines()[0] if str(cause).strip() else str(error)
+    key = getattr(cause, "full_key", None)
+    if key:
+        text += f" [key: {key}]{_suggest(str(key), _all_keys(RunConfig))}"
+    return text
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` or nothing."""
+    known = list(known)
+    leaf = name.rpartition(".")[2]
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.7)
+    close += [key for key in known if key.rpartition(".")[2] == leaf and key not in close][:2]
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _all_keys(config_class: type, prefix: str = "") -> Iterator[str]:
+    for item in fields(config_class):
+        yield prefix + item.name
+        if isinstance(item.type, type) and is_dataclass(item.type):
+            yield from _all_keys(item.type, f"{prefix}{item.name}.")

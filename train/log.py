@@ -1,0 +1,24 @@
+"""Log lines: rank 0 at INFO, the others at WARNING with their rank in front."""
+
+import logging
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+
+def set_up_logging(rank: int, console: Console) -> None:
+    """Configure the root logger of this process.
+
+    Args:
+        console: where lines go; a terminal gets colours and keeps the live progress below them.
+    """
+    handler: logging.Handler
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, markup=False)
+        text = "%(message)s"
+    else:
+        handler = logging.StreamHandler(console.file)
+        text = "%(asctime)s %(levelname)s %(message)s"
+    prefix = f"[rank {rank}] " if rank else ""
+    handler.setFormatter(logging.Formatter(prefix + text, datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING if rank else logging.INFO, handlers=[handler], force=True)

@@ -1,0 +1,100 @@
+"""AdamW over this rank's fp32 masters: NVIDIA apex's where its kernels are installed, else torch's fused.
+
+Moments have no library's format: `exp_avg`, `exp_avg_sq` by parameter name, and one step count.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.placement import Shard
+
+log = logging.getLogger(__name__)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW; MiniMax-01 publishes the betas and the decay, not eps and clip (arXiv 2501.08313 sec. 4.2)."""
+
+    lr: float = 2e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay; norm weights have none."""
+    max_grad_norm: float = 1.0
+    """Gradients with a larger norm are scaled down to it."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for key, low in (("lr", 0), ("eps", 0), ("weight_decay", 0), ("max_grad_norm", 0)):
+            if getattr(self, key) < low:
+                raise ValueError(f"optimizer.{key}={getattr(self, key)} must be >= {low}")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"optimizer.{key}={getattr(self, key)} must lie in [0, 1)")
+
+
+def build_optimizer(shards: Sequence[Shard], cfg: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW with two parameter groups (matrices decay, norm weights do not), its moments at zero."""
+    groups = [
+        {"params": [s.master for s in shards if len(s.shape) > 1], "weight_decay": cfg.weight_decay},
+        {"params": [s.master for s in shards if len(s.shape) == 1], "weight_decay": 0.0},
+    ]
+    options: dict[str, Any] = {"lr": cfg.lr, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}
+    reason = _why_not_apex(shards[0].master.device)
+    if reason is None:
+        from apex.optimizers import FusedAdam
+
+        log.info("optimizer: apex FusedAdam")
+        optimizer: torch.optim.Optimizer = FusedAdam(groups, adam_w_mode=True, **options)
+    else:
+        log.info("optimizer: torch fused AdamW (%s)", reason)
+        optimizer = torch.optim.AdamW(groups, fused=True, **options)
+    for shard in shards:
+        optimizer.state[shard.master].update({m: torch.zeros_like(shard.master) for m in MOMENTS})
+    set_step(optimizer, shards, 0)
+    return optimizer
+
+
+def _why_not_apex(device: torch.device) -> str | None:
+    """Why NVIDIA apex cannot be used; None if it can."""
+    if device.type != "cuda":
+        return "apex needs CUDA"
+    if importlib.util.find_spec("apex") is None:
+        return "apex is not installed"
+    if importlib.util.find_spec("amp_C") is None:
+        return "apex is installed without its CUDA kernels"
+    return None
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Use this learning rate in the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def moments(optimizer: torch.optim.Optimizer, shards: Sequence[Shard]) -> dict[str, Tensor]:
+    """`exp_avg.NAME` and `exp_avg_sq.NAME` of every shard, each [local shape] fp32."""
+    return {f"{m}.{s.name}": optimizer.state[s.master][m] for s in shards for m in MOMENTS}
+
+
+def set_step(optimizer: torch.optim.Optimizer, shards: Sequence[Shard], step: int) -> None:
+    """Set the number of optimizer steps that the moments have seen."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        for shard in shards:
+            optimizer.state[shard.master]["step"] = torch.tensor(float(step), device=shard.master.device)
+    else:
+        for group in optimizer.param_groups:
+            group["step"] = step  # apex counts by group

@@ -1,0 +1,93 @@
+"""Pretrain a model: `torchrun train/pretrain.py conf=NAME_OR_FILE [key=value ...]`, or plain python."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # import from the repository root, not from train/
+
+import os
+from typing import NoReturn
+
+os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's errors through: explain() says them in one line
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from parallel.mesh import (
+    close_mesh,
+    init_mesh,
+    launched_local_rank,
+    launched_rank,
+    launched_world_size,
+    set_determinism,
+)
+from train.build import build_run, device_type
+from train.checkpoint import NoCheckpointError
+from train.config import ConfigError, RunConfig, explain, load_config, register_schema, rewrite_conf
+from train.log import set_up_logging
+from train.loop import train
+from train.signals import EXIT_CODES, Ending, StopRequest, clear_sentinels, write_sentinel
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="pretrain")
+def main(composed: DictConfig) -> None:
+    """Compose, check, run."""
+    cfg = load_config(composed)
+    sys.exit(record(run_to_end)(cfg, OmegaConf.to_yaml(composed, resolve=True)))
+
+
+def run_to_end(cfg: RunConfig, resolved: str) -> int:
+    """Build the run, train, say in the run directory how it ended; the exit code."""
+    console = Console(stderr=False)
+    set_up_logging(launched_rank(), console)
+    run_dir, leader = Path(cfg.run_dir), launched_rank() == 0
+    step = None
+    try:
+        cfg.validate(launched_world_size())
+        stop = StopRequest().install()
+        set_determinism(cfg.train.deterministic)
+        mesh = init_mesh(cfg.parallel, device_type(cfg.train.device))
+        if leader:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            clear_sentinels(run_dir)
+            (run_dir / "config.yaml").write_text(resolved, encoding="utf-8")
+        run = build_run(cfg, mesh, stop, console)
+        ending = train(run)
+        step = run.progress.step
+    except (ConfigError, NoCheckpointError) as error:
+        code = 3 if isinstance(error, NoCheckpointError) else 2
+        write_sentinel(run_dir, Ending.FAILED, code=code, step=step, reason=str(error))
+        refuse(str(error), code)
+    if run.metrics is not None:
+        run.metrics.close()
+    reason = (
+        stop.signal_name or "asked to stop by another rank"
+        if ending is Ending.REQUEUE
+        else "train.steps reached"
+    )
+    if leader:
+        write_sentinel(run_dir, ending, code=EXIT_CODES[ending], step=step, reason=reason)
+    close_mesh(mesh)
+    return EXIT_CODES[ending]
+
+
+def refuse(message: str, code: int) -> NoReturn:
+    """End with one message a machine: every rank of it met the same error."""
+    if launched_local_rank() == 0:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    try:
+        sys.argv[1:] = rewrite_conf(sys.argv[1:], os.environ)
+        register_schema()
+        main()
+    except ConfigError as error:
+        refuse(str(error), 2)
+    except (HydraException, OmegaConfBaseException) as error:
+        refuse(explain(error), 2)

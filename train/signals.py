@@ -1,0 +1,58 @@
+"""How a run is asked to stop, and the file that says how it ended.
+
+A signal only sets a flag; the ranks agree on it at the end of a step, so all of them save the same one.
+"""
+
+import json
+import signal
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Ending(StrEnum):
+    """Name of the sentinel file."""
+
+    DONE = "DONE"
+    REQUEUE = "REQUEUE"
+    FAILED = "FAILED"
+
+
+EXIT_CODES = {Ending.DONE: 0, Ending.REQUEUE: 75}
+
+
+class StopRequest:
+    """Set by the first SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 (Slurm's warning); later ones change nothing."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    def install(self) -> "StopRequest":
+        """Take over the stop signals of this process."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal_name = self.signal_name or signal.Signals(number).name
+
+    @property
+    def is_set(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self.signal_name is not None
+
+
+def write_sentinel(run_dir: Path, ending: Ending, *, code: int, step: int | None, reason: str) -> None:
+    """Say in the run directory how the run ended; replaces what an earlier start said."""
+    clear_sentinels(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"code": code, "step": step, "reason": reason})
+    (run_dir / ending).write_text(text + "\n", encoding="utf-8")
+
+
+def clear_sentinels(run_dir: Path) -> None:
+    """Forget how an earlier start ended."""
+    for ending in Ending:
+        (run_dir / ending).unlink(missing_ok=True)
