@@ -24,7 +24,7 @@ def grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         raise ValueError(
             f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and {ends.numel()} groups do not fit"
         )
-    if all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):
+    if x.dtype != torch.float64 and all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     _say_slow(tuple(weight.shape), x.dtype)
     return grouped_gemm_by_expert(x, weight, ends)
@@ -33,5 +33,5 @@ def grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 @cache
 def _say_slow(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     log.warning(
-        "grouped GEMM on %s %s runs expert by expert: sizes are not multiples of 16 bytes", shape, dtype
+        "grouped GEMM on %s %s runs expert by expert: not <= fp32 with sizes of 16 bytes", shape, dtype
     )

@@ -37,7 +37,7 @@ def _gather(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _sum(y: Tensor, inverse: Tensor, tokens: int) -> Tensor:
-    return y[inverse].view(tokens, -1, y.shape[-1]).sum(1)
+    return y[inverse].unflatten(0, (tokens, inverse.numel() // max(1, tokens))).sum(1)
 
 
 class _Permute(torch.autograd.Function):

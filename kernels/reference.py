@@ -135,7 +135,7 @@ def grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Returns:
         [tokens, out].
     """
-    parts = torch.tensor_split(x, ends[:-1].cpu())
+    parts = torch.tensor_split(x, ends[:-1].long().cpu())
     return torch.cat([part @ w.T for part, w in zip(parts, weight, strict=True)])
 
 

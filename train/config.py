@@ -14,9 +14,9 @@ from pathlib import Path
 
 import yaml
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from data.config import DataConfig
 from model.config import ModelConfig, RouterConfig
@@ -214,7 +214,8 @@ def rewrite_conf(argv: list[str], env: Mapping[str, str]) -> list[str]:
         raise ConfigError(f"conf=NAME or conf=FILE.yaml is required; named runs: {run_names()}")
     if {"--cfg", "-c"} & set(argv) and "--resolve" not in argv:
         args.append("--resolve")
-    return args
+    # argparse wants all overrides in one piece
+    return sorted(args, key=lambda arg: arg.startswith("-") or "=" not in arg)
 
 
 def run_names() -> list[str]:
@@ -244,15 +245,17 @@ def stage_run_file(path: Path) -> list[str]:
 
 
 def explain(error: HydraException | OmegaConfBaseException) -> str:
-    """One line for the user: the innermost cause, the full key and the keys that resemble it."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    text = str(cause).strip().splitlines()[0] if str(cause).strip() else str(error)
-    key = getattr(cause, "full_key", None)
-    if key:
-        text += f" [key: {key}]{_suggest(str(key), _all_keys(RunConfig))}"
-    return text
+    """One line for the user: what is wrong, at which key, and which keys resemble it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OmegaConfBaseException):
+        cause = cause.__cause__ or cause.__context__
+    if not isinstance(cause, OmegaConfBaseException):
+        culprit = f"{error.override}: " if isinstance(error, OverrideParseException) else ""
+        return culprit + " ".join(str(error).split())
+    key = str(cause.full_key or "")
+    text = f"{key}: {str(cause).splitlines()[0]}"
+    is_unknown = isinstance(cause, ConfigKeyError | ConfigAttributeError)
+    return text + _suggest(key, _all_keys(RunConfig)) if is_unknown else text
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

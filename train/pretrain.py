@@ -36,7 +36,10 @@ from train.signals import EXIT_CODES, Ending, StopRequest, clear_sentinels, writ
 @hydra.main(version_base="1.3", config_path="../conf", config_name="pretrain")
 def main(composed: DictConfig) -> None:
     """Compose, check, run."""
-    cfg = load_config(composed)
+    try:
+        cfg = load_config(composed)
+    except ConfigError as error:
+        refuse(str(error), 2)
     sys.exit(record(run_to_end)(cfg, OmegaConf.to_yaml(composed, resolve=True)))
 
 

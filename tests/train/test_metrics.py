@@ -1,0 +1,75 @@
+"""Records: what is kept at a resume, the console line, the load figures, sentinels."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from train.metrics import MetricsWriter, console_line, max_violation, truncate_records
+from train.signals import Ending, StopRequest, clear_sentinels, write_sentinel
+
+RECORD = {
+    "step": 120,
+    "loss": 2.34123,
+    "grad_norm": 0.812,
+    "lr": 3e-4,
+    "tokens_per_second": 11432.4,
+    "mfu": 0.4123,
+    "max_memory_gib": 61.31,
+    "skipped": 0,
+}
+
+
+def test_console_line() -> None:
+    expected = "step 120  loss 2.3412  grad 0.81  lr 3.0e-04  tok/s 11,432  mfu 41.2%  mem 61.3GiB"
+    assert console_line(RECORD) == expected
+    on_cpu = {**RECORD, "mfu": None, "max_memory_gib": None, "skipped": 2, "eval_loss": 2.5}
+    expected = "step 120  loss 2.3412  eval 2.5000  grad 0.81  lr 3.0e-04  tok/s 11,432  skipped 2"
+    assert console_line(on_cpu) == expected
+
+
+def test_truncate_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    truncate_records(path, 3)
+    assert not path.exists()
+    path.write_text('{"step": 1}\n{"step": 3, "x": 1}\n{"step": 4}\n{"st')
+    truncate_records(path, 3)
+    assert path.read_text() == '{"step": 1}\n{"step": 3, "x": 1}\n'
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_writer_appends_and_shows_progress_on_a_terminal(terminal: bool, tmp_path: Path) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=100)
+    writer = MetricsWriter(tmp_path, console=console, total_steps=200, step=119)
+    writer.advance(120)
+    writer.write(RECORD, {"step": 120, "load": [[1]]})
+    writer.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == RECORD
+    assert json.loads((tmp_path / "experts.jsonl").read_text())["load"] == [[1]]
+    assert ("120/200" in screen.getvalue()) is terminal
+
+
+def test_max_violation_is_the_worst_layer() -> None:
+    assert max_violation(torch.tensor([[4, 4, 4], [3, 3, 6]])) == pytest.approx(0.5)
+
+
+def test_a_sentinel_replaces_the_one_before(tmp_path: Path) -> None:
+    run_dir = tmp_path / "new" / "run"
+    write_sentinel(run_dir, Ending.FAILED, code=2, step=None, reason="a")
+    write_sentinel(run_dir, Ending.DONE, code=0, step=7, reason="b")
+    assert [path.name for path in run_dir.iterdir()] == ["DONE"]
+    assert json.loads((run_dir / "DONE").read_text()) == {"code": 0, "step": 7, "reason": "b"}
+    clear_sentinels(run_dir)
+    assert not list(run_dir.iterdir())
+
+
+def test_first_signal_stays() -> None:
+    stop = StopRequest()
+    assert not stop.is_set
+    for number in (15, 2):
+        stop._note(number, None)
+    assert stop.is_set and stop.signal_name == "SIGTERM"

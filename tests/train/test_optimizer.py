@@ -1,0 +1,81 @@
+"""AdamW: which one and why, which parameters decay, and the step against the formula."""
+
+import importlib.util
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from parallel.placement import Shard
+from train.optimizer import OptimizerConfig, _why_not_apex, build_optimizer, moments, set_lr, set_step
+
+
+def make_shards() -> list[Shard]:
+    torch.manual_seed(0)
+    parameters = {"matrix": nn.Parameter(torch.randn(3, 2)), "norm.weight": nn.Parameter(torch.randn(4))}
+    return [Shard(name, tuple(p.shape), (0,) * p.dim(), p, p.detach()) for name, p in parameters.items()]
+
+
+def test_step_is_adamw_and_norms_do_not_decay(caplog: pytest.LogCaptureFixture) -> None:
+    shards = make_shards()
+    cfg = OptimizerConfig(lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.5)
+    with caplog.at_level(logging.INFO):
+        optimizer = build_optimizer(shards, cfg)
+    assert caplog.messages == ["optimizer: torch fused AdamW (apex needs CUDA)"]
+    assert all(not tensor.any() for tensor in moments(optimizer, shards).values())
+    expected = [shard.master.clone() for shard in shards]
+    first, second = ([torch.zeros_like(x) for x in expected] for _ in range(2))
+    for step in (1, 2):
+        set_lr(optimizer, 1e-2 * step)
+        for i, shard in enumerate(shards):
+            shard.master.grad = torch.randn_like(shard.master)
+            g, decay = shard.master.grad, 0.5 if shard.name == "matrix" else 0.0
+            first[i] = 0.8 * first[i] + 0.2 * g
+            second[i] = 0.9 * second[i] + 0.1 * g * g
+            update = (first[i] / (1 - 0.8**step)) / ((second[i] / (1 - 0.9**step)).sqrt() + 1e-3)
+            expected[i] = expected[i] * (1 - 1e-2 * step * decay) - 1e-2 * step * update
+        optimizer.step()
+    for shard, value in zip(shards, expected, strict=True):
+        torch.testing.assert_close(shard.master, value)
+    torch.testing.assert_close(moments(optimizer, shards)["exp_avg.matrix"], first[0])
+
+
+def test_restored_moments_and_step_continue_bitwise() -> None:
+    gradients = [[torch.randn(3, 2), torch.randn(4)] for _ in range(4)]
+
+    def run(optimizer: torch.optim.Optimizer, shards: list[Shard], steps: range) -> None:
+        for step in steps:
+            for shard, gradient in zip(shards, gradients[step], strict=True):
+                shard.master.grad = gradient.clone()
+            optimizer.step()
+
+    shards = make_shards()
+    optimizer = build_optimizer(shards, OptimizerConfig())
+    run(optimizer, shards, range(2))
+    copies = [shard.master.clone() for shard in shards]
+    saved = {key: value.clone() for key, value in moments(optimizer, shards).items()}
+    run(optimizer, shards, range(2, 4))
+
+    again = make_shards()
+    restored = build_optimizer(again, OptimizerConfig())
+    for shard, copy in zip(again, copies, strict=True):
+        shard.master.copy_(copy)
+    for key, tensor in moments(restored, again).items():
+        tensor.copy_(saved[key])
+    set_step(restored, again, 2)
+    run(restored, again, range(2, 4))
+    assert all(torch.equal(a.master, b.master) for a, b in zip(shards, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("installed", "reason"),
+    [(set(), "apex is not installed"), ({"apex"}, "without its CUDA kernels"), ({"apex", "amp_C"}, None)],
+)
+def test_apex_is_used_only_with_its_kernels(
+    installed: set[str], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
+    found = _why_not_apex(torch.device("cuda"))
+    assert (found is None) if reason is None else (reason in str(found))
+    assert _why_not_apex(torch.device("cpu")) == "apex needs CUDA"
