@@ -1,9 +1,32 @@
 """Tokens sorted by expert and back: forward and backward of both are pure gathers, hence deterministic."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Sorting(NamedTuple):
+    """A stable order of choices by a key, such as their expert."""
+
+    order: Tensor
+    """[choices]: choice number at each place."""
+    inverse: Tensor
+    """[choices]: place of each choice."""
+    ends: Tensor
+    """[keys] int32, where each key's choices end."""
+
+
+def sort_choices(keys: Tensor, num_keys: int) -> Sorting:
+    """Sort choices by integer keys below num_keys, with no host synchronisation.
+
+    Args:
+        keys: [choices] int64.
+    """
+    ordered, order = keys.sort(stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    every_key = torch.arange(num_keys, device=keys.device)
+    return Sorting(order, inverse, torch.searchsorted(ordered, every_key, right=True, out_int32=True))
 
 
 def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

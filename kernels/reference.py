@@ -66,8 +66,68 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen.tril()[:, None]).transpose(1, 2)
 
 
+def attention_part(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Softmax attention over some of the keys, to be merged with that over the others.
+
+    Args:
+        q: [rows, queries, heads, head_dim]. k, v: [rows, keys, kv_heads, head_dim].
+        seen: [rows, queries, keys], at least one key a query; None = all.
+
+    Returns:
+        o [rows, queries, heads, head_dim] and log-sum-exp [rows, queries, heads], at least fp32.
+    """
+    scores = _grouped_scores(q, k, seen)
+    lse = scores.logsumexp(-1, keepdim=True)
+    o = torch.einsum("rhgij,rjhd->rihgd", (scores - lse).exp(), widen(v))
+    return o.flatten(2, 3), lse[..., 0].flatten(1, 2).transpose(1, 2)
+
+
+def merge_attention(o: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(o, log-sum-exp) of two disjoint sets of keys as that of their union; shapes of `attention_part`."""
+    total = torch.logaddexp(lse, part_lse)
+    return o * (lse - total).exp()[..., None] + part * (part_lse - total).exp()[..., None], total
+
+
+def attention_part_backward(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, grad: Tensor, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What some of the keys contribute to dq, and their dk and dv; shapes of `attention_part`.
+
+    Args:
+        lse: [rows, queries, heads] over all keys.
+        delta: [rows, queries, heads] sum of o * grad over head_dim, o over all keys.
+        grad: gradient of o.
+
+    Returns:
+        dq, dk, dv, at least fp32.
+    """
+    grouped = (k.shape[2], q.shape[2] // k.shape[2])
+    lse, delta = (x.transpose(1, 2).unflatten(1, grouped)[..., None] for x in (lse, delta))
+    p = (_grouped_scores(q, k, seen) - lse).exp()
+    queries, grad = (widen(x).unflatten(2, grouped) for x in (q, grad))
+    dp = torch.einsum("rihgd,rjhd->rhgij", grad, widen(v))
+    ds = p * (dp - delta) * q.shape[-1] ** -0.5
+    dq = torch.einsum("rhgij,rjhd->rihgd", ds, widen(k)).flatten(2, 3)
+    dk = torch.einsum("rhgij,rihgd->rjhd", ds, queries)
+    return dq, dk, torch.einsum("rhgij,rihgd->rjhd", p, grad)
+
+
+def _grouped_scores(q: Tensor, k: Tensor, seen: Tensor | None) -> Tensor:
+    """[rows, kv_heads, heads / kv_heads, queries, keys] scaled scores, -inf where not seen."""
+    grouped = widen(q).unflatten(2, (k.shape[2], -1))
+    scores = torch.einsum("rihgd,rjhd->rhgij", grouped, widen(k)) * q.shape[-1] ** -0.5
+    return scores if seen is None else scores.masked_fill(~seen[:, None, None], -torch.inf)
+
+
 def lightning_attention(
-    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, documents: Documents, *, chunk: int = 64
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    documents: Documents,
+    *,
+    chunk: int = 64,
+    initial_state: Tensor | None = None,
 ) -> Tensor:
     """Linear attention with fixed decay: S_t = exp(-s) S_{t-1} + k_t^T v_t, o_t = q_t S_t, per document.
 
@@ -78,6 +138,8 @@ def lightning_attention(
         q, k, v: [rows, tokens, heads, head_dim].
         slopes: [heads] s > 0.
         chunk: tokens a block; changes the order of sums only.
+        initial_state: [rows, heads, head_dim, head_dim] S before the first token, seen by each row's first
+            document; None = 0.
 
     Returns:
         [rows, tokens, heads, head_dim].
@@ -92,7 +154,7 @@ def lightning_attention(
     ]  # [rows, chunks, 1, chunk]
     step = torch.arange(chunk, device=q.device, dtype=q.dtype)
     slope = slopes.to(q.dtype)[:, None]  # [heads, 1]
-    began = F.pad(ids[:, 1:, :, :1] == ids[:, :-1, :, -1:], (0, 0, 0, 0, 1, 0), value=False)
+    began = F.pad(ids[:, 1:, :, :1] == ids[:, :-1, :, -1:], (0, 0, 0, 0, 1, 0), value=True)
     head = began & (ids == ids[..., :1])
     tail = ids == ids[..., -1:]
 
@@ -102,12 +164,33 @@ def lightning_attention(
     to_right = (tail * torch.exp(-slope * (chunk - 1 - step)))[..., None]
     through = (head.all(-1) * torch.exp(-slope[:, 0] * chunk))[..., None, None]  # [rows, chunks, heads, 1, 1]
 
-    states = [torch.zeros_like(q[:, 0, :, :1] * k[:, 0, :, :1].transpose(-1, -2))]
+    if initial_state is None:
+        initial_state = torch.zeros_like(q[:, 0, :, :1] * k[:, 0, :, :1].transpose(-1, -2))
+    states = [initial_state.to(q.dtype)]
     ends = (k * to_right).transpose(-1, -2) @ v
     for c in range(q.shape[1] - 1):
         states.append(ends[:, c] + through[:, c] * states[-1])
     o = ((q @ k.transpose(-1, -2)) * inside) @ v + (q * to_left) @ torch.stack(states, 1)
     return o.transpose(2, 3).flatten(1, 2)[:, :tokens].to(dtype)
+
+
+def lightning_end_state(k: Tensor, v: Tensor, slopes: Tensor, documents: Documents) -> Tensor:
+    """S after the last token, from 0 before the first: what `lightning_attention` hands on to later tokens.
+
+    It is the sum of exp(-s (tokens - 1 - t)) k_t^T v_t over the tokens t of the last document.
+
+    Args:
+        k, v: [rows, tokens, heads, head_dim].
+        slopes: [heads] s > 0.
+
+    Returns:
+        [rows, heads, head_dim, head_dim], at least fp32.
+    """
+    k, v = widen(k), widen(v)
+    left = torch.arange(k.shape[1] - 1, -1, -1, device=k.device, dtype=k.dtype)
+    tail = documents.ids == documents.ids[:, -1:]
+    weight = torch.exp(-slopes.to(k.dtype) * left[:, None]) * tail[..., None]  # [rows, tokens, heads]
+    return torch.einsum("rthd,rthe->rhde", k * weight[..., None], v)
 
 
 def swiglu(gate_up: Tensor, scale: Tensor) -> Tensor:

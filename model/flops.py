@@ -30,8 +30,10 @@ def count_parameters(cfg: ModelConfig) -> ParameterCount:
     )
 
 
-def training_flops_per_token(cfg: ModelConfig, context_tokens: float, *, chunk: int = 256) -> float:
-    """Matmul FLOPs of forward and backward (twice the forward) of one token, recomputation not counted.
+def forward_flops_per_token(
+    cfg: ModelConfig, context_tokens: float, *, chunk: int = 256
+) -> tuple[list[float], float]:
+    """Matmul FLOPs of one token's forward pass: of each layer, and of the head.
 
     Args:
         context_tokens: mean document length over tokens, sum len^2 / sum len; a token sees half of it.
@@ -43,4 +45,10 @@ def training_flops_per_token(cfg: ModelConfig, context_tokens: float, *, chunk: 
         LayerType.softmax: 4 * h * (width + kv_width) + 2 * width * context_tokens,
     }
     moe = 2 * h * (3 * cfg.experts_per_token * cfg.expert_ffn_size + cfg.num_experts)
-    return 3 * (sum(mixer[kind] for kind in cfg.layers) + cfg.num_layers * moe + 2 * h * cfg.vocab_size)
+    return [mixer[kind] + moe for kind in cfg.layers], 2 * h * cfg.vocab_size
+
+
+def training_flops_per_token(cfg: ModelConfig, context_tokens: float) -> float:
+    """Matmul FLOPs of forward and backward (twice the forward) of one token, recomputation not counted."""
+    layers, head = forward_flops_per_token(cfg, context_tokens)
+    return 3 * (sum(layers) + head)

@@ -71,7 +71,7 @@ class LightningAttention(nn.Module):
         self.qkv = linear(cfg.hidden_size, 3 * width)
         self.gate = linear(cfg.hidden_size, width)
         self.out = linear(width, cfg.hidden_size)
-        self.norm = RMSNorm(width, cfg.lightning_norm_eps)
+        self.norm: nn.Module = RMSNorm(width, cfg.lightning_norm_eps)
         self.core: nn.Module = LightningCore(cfg, layer)
 
     def forward(self, x: Tensor, documents: Documents, rotary: tuple[Tensor, Tensor]) -> Tensor:

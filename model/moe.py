@@ -3,13 +3,13 @@
 `router.pool` and `dispatcher` are the places where a parallel form enters; their defaults know one process.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kernels.grouped_gemm import grouped_gemm
-from kernels.permute import permute, unpermute
+from kernels.permute import permute, sort_choices, unpermute
 from kernels.reference import swiglu
 from model.config import ModelConfig
 from model.layers import linear
@@ -92,35 +92,44 @@ class _AddLoss(torch.autograd.Function):
 
 
 class Dispatched(NamedTuple):
-    """Tokens on their way through the experts."""
+    """Tokens on their way through the experts that this process holds."""
 
     x: Tensor
     """[choices, hidden], sorted by expert."""
     weights: Tensor
     """[choices] fp32 router weights."""
     ends: Tensor
-    """[experts] int32, where each expert's rows end."""
-    order: Tensor
-    """[choices]: choice number at each place."""
-    inverse: Tensor
-    """[choices]: place of each choice."""
+    """[experts/ep] int32, where each expert's rows end."""
+    way: Any
+    """What the dispatcher needs to bring the rows back."""
+
+
+class Dispatcher(Protocol):
+    """The seam: brings tokens to their experts and back."""
+
+    def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
+        """[tokens, hidden] -> the rows of each expert, consecutive."""
+
+    def combine(self, y: Tensor, sent: Dispatched) -> Tensor:
+        """[choices, hidden], as the experts left them -> [tokens, hidden]: each token's sum."""
 
 
 class LocalDispatcher(nn.Module):
-    """Sorts the choices by expert on one process; the all-to-all form has the same methods."""
+    """Sorts the choices by expert on one process."""
 
-    def dispatch(self, x: Tensor, routing: Routing, num_experts: int) -> Dispatched:
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
         """[tokens, hidden] -> the rows of each expert, consecutive and in token order."""
-        experts = routing.experts.flatten()
-        order = experts.argsort(stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        ends = torch.bincount(experts, minlength=num_experts).cumsum(0).int()
+        order, inverse, ends = sort_choices(routing.experts.flatten(), self.num_experts)
         weights = permute(routing.weights.reshape(-1, 1), order, inverse)[:, 0]
-        return Dispatched(permute(x, order, inverse), weights, ends, order, inverse)
+        return Dispatched(permute(x, order, inverse), weights, ends, (order, inverse, x.shape[0]))
 
-    def combine(self, y: Tensor, sent: Dispatched, tokens: int) -> Tensor:
+    def combine(self, y: Tensor, sent: Dispatched) -> Tensor:
         """[choices, hidden] -> [tokens, hidden]: each token's sum."""
-        return unpermute(y, sent.order, sent.inverse, tokens)
+        return unpermute(y, *sent.way)
 
 
 class Experts(nn.Module):
@@ -142,14 +151,13 @@ class MoE(nn.Module):
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
-        self.num_experts = cfg.num_experts
         self.router = Router(cfg)
-        self.dispatcher = LocalDispatcher()
+        self.dispatcher: Dispatcher = LocalDispatcher(cfg.num_experts)
         self.experts = Experts(cfg)
 
     def forward(self, x: Tensor, aux_weight: float) -> Tensor:
         """[rows, tokens, hidden] -> [rows, tokens, hidden]."""
         flat = x.flatten(0, 1)
-        sent = self.dispatcher.dispatch(flat, self.router(flat, aux_weight), self.num_experts)
+        sent = self.dispatcher.dispatch(flat, self.router(flat, aux_weight))
         y = self.experts(sent.x, sent.weights, sent.ends)
-        return self.dispatcher.combine(y, sent, flat.shape[0]).view_as(x)
+        return self.dispatcher.combine(y, sent).view_as(x)

@@ -1,14 +1,17 @@
 """MiniMax-01's transformer: embed -> blocks -> norm -> head; parameter names count layers globally."""
 
+from collections.abc import Callable, Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.documents import Documents, locate_documents
-from kernels.reference import rotary_table
+from kernels.reference import rotary_table, widen
 from model.attention import SoftmaxAttention
 from model.config import LayerType, ModelConfig
-from model.layers import RMSNorm, linear
+from model.layers import RMSNorm
 from model.lightning import LightningAttention, LightningCore
 from model.moe import MoE, Router
 
@@ -37,40 +40,63 @@ class Block(nn.Module):
         return self.alpha * h + self.moe(h, aux_weight)
 
 
-class Transformer(nn.Module):
-    """The whole model."""
+class Head(nn.Module):
+    """Untied output projection, with the loss on top where targets are known."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
+        self.weight = nn.Parameter(torch.empty(cfg.vocab_size, cfg.hidden_size))
+
+    def forward(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        """[rows, tokens, hidden] -> [rows, tokens, vocab] fp32 logits, or [rows, tokens] losses."""
+        if targets is None:
+            return widen(F.linear(x, self.weight))
+        return linear_cross_entropy(x, self.weight, targets)
+
+
+class Transformer(nn.Module):
+    """The whole model, or the layers of one pipeline stage with the ends that belong to it.
+
+    Seams set from outside: `locate` tells documents and positions of the tokens that this rank holds;
+    `sequence_parts` is how many ranks share the tokens of a hidden state between two blocks.
+    """
+
+    def __init__(self, cfg: ModelConfig, layers: Sequence[int] | None = None) -> None:
+        super().__init__()
+        layers = range(cfg.num_layers) if layers is None else layers
         self.cfg = cfg
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.blocks = nn.ModuleDict({str(layer): Block(cfg, layer) for layer in range(cfg.num_layers)})
-        self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
-        self.head = linear(cfg.hidden_size, cfg.vocab_size)
+        self.locate: Callable[[Tensor, int], Documents] = locate_documents
+        self.sequence_parts = 1
+        self.embed: nn.Module | None = nn.Embedding(cfg.vocab_size, cfg.hidden_size) if 0 in layers else None
+        self.blocks = nn.ModuleDict({str(layer): Block(cfg, layer) for layer in layers})
+        is_last = cfg.num_layers - 1 in layers
+        self.norm: nn.Module | None = RMSNorm(cfg.hidden_size, cfg.norm_eps) if is_last else None
+        self.head: nn.Module | None = Head(cfg) if is_last else None
 
     def forward(
-        self, tokens: Tensor, offsets: Tensor, *, targets: Tensor | None = None, aux_weight: float = 0.0
+        self, x: Tensor, offsets: Tensor, *, targets: Tensor | None = None, aux_weight: float = 0.0
     ) -> Tensor:
-        """Logits, or the loss of each token where targets are given.
+        """Logits, or each token's loss where targets are given; a stage without head returns hidden states.
 
         Args:
-            tokens: [rows, tokens] int64.
-            offsets: [rows, max_documents + 1] int32, starts of the documents padded with the row length.
-            targets: [rows, tokens] int64, negative = none.
+            x: [rows, tokens/cp] int64 token ids, or [rows, tokens/(cp tp), hidden] from the stage before.
+            offsets: [rows, max_documents + 1] int32, starts of the row's documents padded with its length.
+            targets: [rows, tokens/cp] int64, negative = none.
             aux_weight: factor of each layer's aux loss in the loss that will be differentiated.
 
         Returns:
-            [rows, tokens, vocab] fp32 logits, or [rows, tokens] fp32 losses, 0 where there is no target.
+            [rows, tokens/cp, vocab] fp32 logits, [rows, tokens/cp] fp32 losses, 0 where there is no target,
+            or [rows, tokens/(cp tp), hidden].
         """
-        documents = locate_documents(offsets, tokens.shape[1])
+        documents = self.locate(offsets, x.shape[1] * (1 if self.embed is not None else self.sequence_parts))
         rotary = rotary_table(documents.positions, self.cfg.rotary_dim, self.cfg.rope_theta)
-        x = self.embed(tokens)
+        if self.embed is not None:
+            x = self.embed(x)
         for block in self.blocks.values():
             x = block(x, documents, rotary, aux_weight)
-        x = self.norm(x)
-        if targets is None:
-            return self.head(x).to(torch.promote_types(x.dtype, torch.float32))
-        return linear_cross_entropy(x, self.head.weight, targets)
+        if self.norm is None or self.head is None:
+            return x
+        return self.head(self.norm(x), targets)
 
     def reset_buffers(self) -> None:
         """Fill all buffers: they hold nothing after a move from the meta device."""

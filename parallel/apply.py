@@ -1,37 +1,65 @@
-"""The one place where a plain model becomes a parallel one."""
+"""The one place where a plain model becomes a parallel one: TP -> EP/ETP -> CP -> ZeRO."""
+
+from collections.abc import Sequence
 
 import torch
 
+from model.config import ModelConfig
+from model.flops import forward_flops_per_token
 from model.init import init_slice
 from model.transformer import Transformer
 from parallel.collectives import PoolOverRanks
-from parallel.config import ParallelConfig
+from parallel.config import ParallelConfig, num_stages, stages_of
+from parallel.context import apply_context
+from parallel.expert import apply_expert
 from parallel.mesh import Mesh
+from parallel.pipeline import split_layers
 from parallel.placement import Shard, local_shards, publish
+from parallel.tensor import apply_tensor
 from parallel.zero import apply_zero, copy_for_compute
 
 
+def build_parts(
+    model_cfg: ModelConfig, cfg: ParallelConfig, mesh: Mesh, *, row_tokens: int
+) -> list[Transformer]:
+    """This rank's pipeline stages on the meta device, cut to cost alike; one whole model without pp.
+
+    Args:
+        row_tokens: context length, on which the softmax layers' cost depends.
+    """
+    layers, head = forward_flops_per_token(model_cfg, row_tokens)
+    stages = split_layers([*layers[:-1], layers[-1] + head], num_stages(cfg.schedule, mesh.pp.size))
+    mine = stages_of(mesh.pp.rank, cfg.schedule, mesh.pp.size)
+    with torch.device("meta"):
+        return [Transformer(model_cfg, stages[number]) for number in mine]
+
+
 def parallelize(
-    model: Transformer, mesh: Mesh, cfg: ParallelConfig, *, dtype: torch.dtype, seed: int
+    parts: Sequence[Transformer], mesh: Mesh, cfg: ParallelConfig, *, dtype: torch.dtype, seed: int
 ) -> list[Shard]:
-    """Spread a model that lies on the meta device over the mesh and give it its initial weights.
+    """Spread this rank's stages, on the meta device, over the mesh and give them their initial weights.
 
     Args:
         dtype: what the model computes in.
         seed: of the weights.
 
     Returns:
-        This rank's part of every parameter.
+        This rank's part of every parameter of its stages.
     """
-    if mesh.dp is not None:
-        for router in model.routers():
-            router.pool = PoolOverRanks(mesh)
-    apply_zero(model, mesh, stage=cfg.zero_stage, dtype=dtype)
-    model.to_empty(device=mesh.device)
-    model.reset_buffers()
-    shards = local_shards(model)
+    shards = []
+    for model in parts:
+        placements = apply_tensor(model, mesh.tp) | apply_expert(model, mesh)
+        apply_context(model, mesh.cp)
+        if mesh.stage.size > 1:
+            for router in model.routers():
+                router.pool = PoolOverRanks(mesh.stage)
+        apply_zero(model, mesh, stage=cfg.zero_stage, dtype=dtype)
+        model.to_empty(device=mesh.device)
+        model.reset_buffers()
+        shards += local_shards(model, placements, mesh.tp)
     for shard in shards:
-        init_slice(shard.master, shard.name, shape=shard.shape, offset=shard.offset, cfg=model.cfg, seed=seed)
-    copy_for_compute(shards, mesh, dtype)
+        where = {"shape": shard.shape, "offset": shard.offset}
+        init_slice(shard.master, shard.name, cfg=parts[0].cfg, seed=seed, **where)
+    copy_for_compute(shards, dtype)
     publish(shards)
     return shards

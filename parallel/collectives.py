@@ -1,4 +1,7 @@
-"""Collectives named by what they do; each is the identity at size 1."""
+"""Collectives named by what they do, forward and backward; each is the identity on an axis of size 1.
+
+Tensors have the same shape on all ranks of the axis.
+"""
 
 from typing import Any
 
@@ -6,46 +9,120 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.mesh import Mesh
+from parallel.mesh import Axis
 
 
-def all_reduce_sum(x: Tensor, mesh: Mesh) -> Tensor:
-    """Sum of x over the data-parallel ranks; no gradient. x: any shape, the same on all ranks."""
-    if mesh.dp is not None:
+def all_reduce_sum(x: Tensor, axis: Axis) -> Tensor:
+    """Sum of x over the axis; no gradient."""
+    if axis.group is not None:
         x = x.clone()
-        dist.all_reduce(x, group=mesh.dp.get_group())
+        dist.all_reduce(x, group=axis.group)
     return x
 
 
-def barrier(mesh: Mesh) -> None:
-    """Wait for every rank of the job."""
-    if mesh.world_size > 1:
-        dist.barrier()
+def all_gather(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:
+    """The ranks' parts joined along dim, [..., size * axis, ...]; no gradient."""
+    if axis.group is None:
+        return x
+    x = x.movedim(dim, 0).contiguous()
+    out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x, group=axis.group)
+    return out.movedim(0, dim).contiguous()
+
+
+def reduce_scatter(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:
+    """This rank's part along dim of the sum over the ranks, [..., size / axis, ...]; no gradient."""
+    if axis.group is None:
+        return x
+    x = x.movedim(dim, 0).contiguous()
+    out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
+    dist.reduce_scatter_tensor(out, x, group=axis.group)
+    return out.movedim(0, dim).contiguous()
+
+
+def barrier(axis: Axis) -> None:
+    """Wait for every rank of the axis."""
+    if axis.group is not None:
+        dist.barrier(axis.group)
+
+
+def gather_from_sequence(x: Tensor, axis: Axis, *, dim: int = 1) -> Tensor:
+    """Join the ranks' parts of the sequence. forward: all-gather; backward: reduce-scatter."""
+    return x if axis.group is None else _Gather.apply(x, axis, dim)
+
+
+def scatter_to_sequence(x: Tensor, axis: Axis, *, dim: int = 1) -> Tensor:
+    """Add up partial sums, keep a part of the sequence. forward: reduce-scatter; backward: all-gather."""
+    return x if axis.group is None else _Scatter.apply(x, axis, dim)
+
+
+def all_reduce_both(x: Tensor, axis: Axis) -> Tensor:
+    """Add up x where every rank goes on with the sum in its own way. forward and backward: all-reduce."""
+    return x if axis.group is None else _SumBoth.apply(x, axis)
 
 
 class PoolOverRanks(nn.Module):
-    """Sums router statistics over the data-parallel ranks: the pool of one global micro-batch.
+    """Sums router statistics over an axis: the pool of one global micro-batch.
 
     forward: all-reduce; backward: identity, because each rank differentiates its own tokens' share and the
     shares are summed with the other gradients.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, axis: Axis) -> None:
         super().__init__()
-        self.mesh = mesh
+        self.axis = axis
 
     def forward(self, statistics: Tensor) -> Tensor:
         """Any shape, equal on all ranks -> their sum."""
-        return _SumForward.apply(statistics, self.mesh)
+        return _SumForward.apply(statistics, self.axis)
 
 
 class _SumForward(torch.autograd.Function):
     """forward: all-reduce; backward: identity."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: Mesh) -> Tensor:
-        return all_reduce_sum(x, mesh)
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return all_reduce_sum(x, axis)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
+
+
+class _SumBoth(torch.autograd.Function):
+    """forward: all-reduce; backward: all-reduce."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_reduce_sum(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_reduce_sum(grads[0], ctx.axis), None
+
+
+class _Gather(torch.autograd.Function):
+    """forward: all-gather on dim; backward: reduce-scatter on dim."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return all_gather(x, axis, dim=dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return reduce_scatter(grads[0], ctx.axis, dim=ctx.dim), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """forward: reduce-scatter on dim; backward: all-gather on dim."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return reduce_scatter(x, axis, dim=dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather(grads[0], ctx.axis, dim=ctx.dim), None, None

@@ -1,6 +1,41 @@
 """Degrees of parallelism and their arithmetic, without torch: a layout can be checked anywhere."""
 
+import math
 from dataclasses import dataclass
+from enum import StrEnum
+
+Schedule = StrEnum(
+    "Schedule",
+    {
+        "1f1b": "1f1b",
+        "interleaved": "interleaved",
+        "interleaved_zero_bubble": "interleaved_zero_bubble",
+        "zbv": "zbv",
+        "dualpipev": "dualpipev",
+    },
+)
+"""Order of forward and backward passes in a pipeline; the last three split the backward pass in two."""
+
+
+SPLIT_BACKWARD = (Schedule.interleaved_zero_bubble, Schedule.zbv, Schedule.dualpipev)
+"""Schedules that run the gradients of inputs and of weights as two passes."""
+
+
+def stage_owner(stage: int, schedule: Schedule, pp: int) -> int:
+    """Pipeline rank of a stage: round robin, or down and up again for the V-shaped schedules."""
+    if schedule in (Schedule.zbv, Schedule.dualpipev):
+        return stage if stage < pp else 2 * pp - 1 - stage
+    return stage % pp
+
+
+def stages_of(rank: int, schedule: Schedule, pp: int) -> list[int]:
+    """Stages of a pipeline rank, ascending."""
+    return [s for s in range(num_stages(schedule, pp)) if stage_owner(s, schedule, pp) == rank]
+
+
+def num_stages(schedule: Schedule, pp: int) -> int:
+    """Stages of the whole pipeline: one a rank under 1F1B, two under all others."""
+    return pp if pp == 1 or schedule is Schedule["1f1b"] else 2 * pp
 
 
 @dataclass(kw_only=True)
@@ -17,6 +52,8 @@ class ParallelConfig:
     """Ranks that share the experts of a layer (expert parallel)."""
     etp: int = 1
     """Ranks that share an expert's ffn (expert tensor parallel)."""
+    schedule: Schedule = Schedule["1f1b"]
+    """Pipeline schedule; all but 1f1b put two stages on each rank."""
     zero_stage: int = 1
     """1: gradients reduced once a step; 2: after every micro-batch; 3: parameters, too, kept sharded."""
 
@@ -30,20 +67,28 @@ class ParallelConfig:
             raise ValueError(f"parallel.zero_stage={self.zero_stage} must be 1, 2 or 3")
 
     def dp(self, world_size: int) -> int:
-        """Data-parallel degree of the dense mesh: world_size / (pp cp tp).
+        """Data-parallel degree of the dense grid: world_size / (pp cp tp).
 
         Raises:
-            ValueError: the degrees do not fit the world size, or an axis is not available yet.
+            ValueError: the product does not divide the world size.
         """
-        dense, expert = self.pp * self.cp * self.tp, self.pp * self.ep * self.etp
-        for product, names in ((dense, "pp * cp * tp"), (expert, "pp * ep * etp")):
-            if world_size % product:
-                legal = [n for n in range(1, world_size + 1) if world_size % n == 0]
-                raise ValueError(
-                    f"parallel: {names} = {product} must divide the world size {world_size}; "
-                    f"its divisors are {legal}"
-                )
-        for axis in ("pp", "cp", "tp", "ep", "etp"):
-            if getattr(self, axis) != 1:
-                raise ValueError(f"parallel.{axis}={getattr(self, axis)} is not available yet; use 1")
-        return world_size // dense
+        return self._rest(world_size, "pp", "cp", "tp")
+
+    def edp(self, world_size: int) -> int:
+        """Data-parallel degree of the expert grid: world_size / (pp ep etp).
+
+        Raises:
+            ValueError: the product does not divide the world size.
+        """
+        return self._rest(world_size, "pp", "ep", "etp")
+
+    def _rest(self, world_size: int, *axes: str) -> int:
+        product = math.prod(getattr(self, axis) for axis in axes)
+        if world_size % product:
+            legal = [n for n in range(1, world_size + 1) if world_size % n == 0]
+            values = ", ".join(f"parallel.{axis}={getattr(self, axis)}" for axis in axes)
+            raise ValueError(
+                f"{values}: their product {product} must divide the world size {world_size}; "
+                f"choose a product among {legal}"
+            )
+        return world_size // product

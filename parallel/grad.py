@@ -15,11 +15,12 @@ def _gradients(shards: Sequence[Shard]) -> list[Tensor]:
 
 
 def square_sum(shards: Sequence[Shard]) -> Tensor:
-    """Sum of the squares of this rank's gradients, an fp64 scalar; the caller sums it over the ranks.
+    """This rank's part of the gradient's square sum, an fp64 scalar; the caller sums it over all ranks.
 
     In fp32 the CPU's serial sum is off by 1e-4 on half a million elements, differently for every sharding.
     """
-    return torch.stack(torch._foreach_norm(_gradients(shards), 2, torch.float64)).square().sum()
+    norms = torch.stack(torch._foreach_norm(_gradients(shards), 2, torch.float64))
+    return (norms.square() / norms.new_tensor([shard.share for shard in shards])).sum()
 
 
 def scale_gradients(shards: Sequence[Shard], factor: float) -> None:

@@ -4,17 +4,36 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.config import ParallelConfig
 
 
 @dataclass(frozen=True)
+class Axis:
+    """One dimension of the process grid, as seen from this rank."""
+
+    name: str
+    rank: int
+    """This process's place on the axis."""
+    ranks: tuple[int, ...]
+    """Ranks of the job along the axis, in order."""
+    group: dist.ProcessGroup | None = None
+    """Of the ranks; None at size 1, where every collective is the identity."""
+
+    @property
+    def size(self) -> int:
+        """Ranks on the axis."""
+        return len(self.ranks)
+
+
+@dataclass(frozen=True)
 class Mesh:
-    """This process's place among all."""
+    """The dense grid (pp, dp, cp, tp) and the expert grid (pp, edp, ep, etp) over the same ranks."""
 
     rank: int
     """Of the whole job."""
@@ -22,18 +41,23 @@ class Mesh:
     """Processes of the job."""
     device: torch.device
     """Where this rank computes."""
-    dp: DeviceMesh | None
-    """Data-parallel axis; None in one process."""
-
-    @property
-    def dp_rank(self) -> int:
-        """Place on the data-parallel axis."""
-        return self.dp.get_local_rank() if self.dp else 0
-
-    @property
-    def dp_size(self) -> int:
-        """Ranks on the data-parallel axis."""
-        return self.dp.size() if self.dp else 1
+    pp: Axis
+    dp: Axis
+    cp: Axis
+    tp: Axis
+    edp: Axis
+    ep: Axis
+    etp: Axis
+    data: Axis
+    """dp x cp: dense parameters are replicated over it."""
+    stage: Axis
+    """dp x cp x tp = edp x ep x etp: the ranks that share a pipeline stage, and the router's pool."""
+    world: Axis
+    """All ranks."""
+    data_mesh: DeviceMesh | None = None
+    """`data` for FSDP2; None at size 1."""
+    expert_data_mesh: DeviceMesh | None = None
+    """`edp` for FSDP2; None at size 1."""
 
 
 def launched_world_size() -> int:
@@ -52,7 +76,7 @@ def launched_rank() -> int:
 
 
 def init_mesh(cfg: ParallelConfig, device_type: str, *, timeout_minutes: float = 10) -> Mesh:
-    """Join the job's process group (none in one process) and lay the axes over it.
+    """Join the job's process group (none in one process) and lay both grids over it.
 
     Args:
         device_type: `cpu` (gloo) or `cuda` (NCCL).
@@ -62,23 +86,63 @@ def init_mesh(cfg: ParallelConfig, device_type: str, *, timeout_minutes: float =
         ValueError: the degrees do not fit the world size.
     """
     refuse_foreign_kernels()
-    world_size = launched_world_size()
-    dp = cfg.dp(world_size)
+    world_size, rank = launched_world_size(), launched_rank()
+    dp, edp = cfg.dp(world_size), cfg.edp(world_size)
     device = torch.device(device_type)
     if device_type == "cuda":
         device = torch.device("cuda", launched_local_rank())
         torch.cuda.set_device(device)
-    if world_size == 1:
-        return Mesh(rank=0, world_size=1, device=device, dp=None)
-    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-    if not dist.is_initialized():
+    if world_size > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    dense = torch.arange(world_size).view(cfg.pp, dp, cfg.cp, cfg.tp)
+    expert = torch.arange(world_size).view(cfg.pp, edp, cfg.ep, cfg.etp)
+    grids = {
+        "pp": dense.flatten(1).T,
+        "dp": dense.movedim(1, -1).flatten(0, -2),
+        "cp": dense.movedim(2, -1).flatten(0, -2),
+        "tp": dense.flatten(0, -2),
+        "edp": expert.movedim(1, -1).flatten(0, -2),
+        "ep": expert.movedim(2, -1).flatten(0, -2),
+        "etp": expert.flatten(0, -2),
+        "data": dense.flatten(1, 2).movedim(1, -1).flatten(0, -2),
+        "stage": dense.flatten(1),
+        "world": dense.view(1, -1),
+    }
+    groups: dict[str, dist.ProcessGroup] = {}
+    axes: dict[str, Any] = {name: _axis(name, lines.tolist(), rank, groups) for name, lines in grids.items()}
     return Mesh(
-        rank=dist.get_rank(),
+        rank=rank,
         world_size=world_size,
         device=device,
-        dp=init_device_mesh(device_type, (dp,), mesh_dim_names=("dp",)),
+        data_mesh=_device_mesh(axes["data"], device_type),
+        expert_data_mesh=_device_mesh(axes["edp"], device_type),
+        **axes,
     )
+
+
+def one_process(device: torch.device) -> Mesh:
+    """The mesh of a process that runs alone, whatever the launcher's variables say."""
+    names = ("pp", "dp", "cp", "tp", "edp", "ep", "etp", "data", "stage", "world")
+    axes: dict[str, Any] = {name: Axis(name, 0, (0,)) for name in names}
+    return Mesh(rank=0, world_size=1, device=device, **axes)
+
+
+def _axis(name: str, lines: list[list[int]], rank: int, groups: dict[str, dist.ProcessGroup]) -> Axis:
+    """This rank's line of an axis; equal sets of lines share their process groups."""
+    mine = next(line for line in lines if rank in line)
+    if len(mine) == 1:
+        return Axis(name, 0, tuple(mine))
+    key = str(lines)
+    if key not in groups:
+        groups[key], _ = dist.new_subgroups_by_enumeration(lines)
+    return Axis(name, mine.index(rank), tuple(mine), groups[key])
+
+
+def _device_mesh(axis: Axis, device_type: str) -> DeviceMesh | None:
+    if axis.group is None:
+        return None
+    return DeviceMesh.from_group(axis.group, device_type, mesh_dim_names=(axis.name,))
 
 
 def close_mesh(mesh: Mesh) -> None:

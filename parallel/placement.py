@@ -1,15 +1,31 @@
 """Which box of each parameter this rank owns, and the fp32 tensor that is its truth.
 
-Optimizer, norm, checkpoint and initialisation see these plain local tensors only, never a DTensor.
+The optimizer, the norm, the checkpoint and the initialisation see these plain local tensors only, never a
+DTensor. A box is cut by a model-parallel axis first (`Placement`), then by FSDP2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from parallel.collectives import all_gather, all_reduce_sum
+from parallel.mesh import Axis
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The box of a parameter that tensor or expert parallelism left on this rank."""
+
+    shape: tuple[int, ...]
+    """Global shape."""
+    offset: tuple[int, ...]
+    """Global index of the box's first element."""
+    share: int = 1
+    """Consecutive tp ranks that hold this same box; each has a part of its gradient."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +38,12 @@ class Shard:
     """Global shape."""
     offset: tuple[int, ...]
     """Global index of the part's first element."""
+    share: int
+    """tp ranks that hold the same part."""
+    is_first: bool
+    """Whether this is the first of them, the one that writes it into a checkpoint."""
     parameter: nn.Parameter
-    """What the model computes with: a DTensor under FSDP2, perhaps bf16 in one process."""
+    """What the model computes with: a DTensor under FSDP2, perhaps bf16 without."""
     master: Tensor
     """[local shape] fp32 values; shares its memory with `parameter` unless that is bf16."""
 
@@ -33,27 +53,48 @@ class Shard:
         return not isinstance(self.parameter, DTensor) and self.parameter.dtype != self.master.dtype
 
 
-def local_shards(model: nn.Module) -> list[Shard]:
-    """The parts of all parameters that this rank owns, before any rounded copy is made."""
-    return [_shard(name, parameter) for name, parameter in model.named_parameters()]
+def local_shards(model: nn.Module, placements: Mapping[str, Placement], tp: Axis) -> list[Shard]:
+    """The parts of all parameters that this rank owns; `placements` names what tp, ep or etp cut."""
+    shards = []
+    for name, parameter in model.named_parameters():
+        local_shape = tuple(parameter.shape)
+        origin = (0,) * len(local_shape)
+        share = 1 if ".experts." in name else tp.size  # experts live on the expert grid
+        placement = placements.get(name) or Placement(local_shape, origin, share)
+        inner, master = origin, parameter.detach()
+        if isinstance(parameter, DTensor):
+            where = compute_local_shape_and_global_offset(
+                local_shape, parameter.device_mesh, parameter.placements
+            )
+            inner, master = tuple(where[1]), parameter.to_local().detach()
+        offset = tuple(a + b for a, b in zip(placement.offset, inner, strict=True))
+        is_first = tp.rank % placement.share == 0
+        shards.append(Shard(name, placement.shape, offset, placement.share, is_first, parameter, master))
+    return shards
 
 
-def _shard(name: str, parameter: nn.Parameter) -> Shard:
-    shape = tuple(parameter.shape)
-    if not isinstance(parameter, DTensor):
-        return Shard(name, shape, (0,) * len(shape), parameter, parameter.detach())
-    _, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
-    local = parameter.to_local().detach()
-    return Shard(name, shape, tuple(offset), parameter, local)
-
-
-def collect_gradients(shards: Sequence[Shard]) -> None:
-    """Hand each master the gradient that backward left on its parameter (copied ones have theirs)."""
+def collect_gradients(shards: Sequence[Shard], tp: Axis) -> None:
+    """Hand each master its parameter's gradient, summed over the tp ranks that share the parameter."""
     for shard in shards:
-        if shard.is_copied:
-            continue
         grad = shard.parameter.grad
-        shard.master.grad = grad.to_local() if isinstance(grad, DTensor) else grad
+        if not shard.is_copied:
+            shard.master.grad = grad.to_local() if isinstance(grad, DTensor) else grad
+        elif grad is not None:  # split backward passes do not run the hook that filled the master's
+            shard.master.grad = grad.float() if shard.master.grad is None else shard.master.grad + grad
+    for share in {shard.share for shard in shards} - {1}:
+        _sum_shared([shard for shard in shards if shard.share == share], share, tp)
+
+
+def _sum_shared(shards: Sequence[Shard], share: int, tp: Axis) -> None:
+    """Sum gradients over each `share` consecutive tp ranks, all of them in one collective."""
+    grads = [shard.master.grad for shard in shards if shard.master.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    if share == tp.size:
+        flat = all_reduce_sum(flat, tp)
+    else:
+        flat = all_gather(flat[None], tp).view(-1, share, flat.numel())[tp.rank // share].sum(0)
+    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
 
 
 def drop_gradients(shards: Sequence[Shard]) -> None:

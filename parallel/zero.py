@@ -1,4 +1,4 @@
-"""ZeRO through FSDP2, and in one process fp32 masters, a compute dtype, gradients summed in fp32.
+"""ZeRO through FSDP2 over the data axes; elsewhere fp32 masters, a compute dtype, gradients summed in fp32.
 
 The loss is divided by the global batch's target tokens, so every gradient is a plain sum over the ranks.
 """
@@ -8,52 +8,73 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as DimShard
 
-from model.transformer import Transformer
+from model.transformer import Block, Transformer
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 
 
 def apply_zero(model: Transformer, mesh: Mesh, *, stage: int, dtype: torch.dtype) -> None:
-    """Wrap each router gate (fp32), each block and the rest on the data-parallel axis, if there is one.
+    """Wrap experts on edp, each router gate (fp32), each block and the rest on dp x cp, where the axes exist.
 
     Args:
         stage: 3 frees the gathered parameters after each forward; 1 and 2 keep them until backward.
         dtype: what the model computes in; gradients are reduced in fp32.
     """
-    if mesh.dp is None:
-        return
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     wide = dataclasses.replace(policy, param_dtype=torch.float32)
-    options: dict[str, Any] = {"mesh": mesh.dp, "reshard_after_forward": stage == 3}
-    for router in model.routers():
-        fully_shard(router.gate, mp_policy=wide, **options)
-    for block in model.blocks.values():
-        fully_shard(block, mp_policy=policy, **options)
-    fully_shard(model, mp_policy=policy, **options)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM
+    options: dict[str, Any] = {"reshard_after_forward": stage == 3, "mp_policy": policy}
+    blocks = [block for block in model.blocks.values() if isinstance(block, Block)]
+    if mesh.expert_data_mesh is not None:
+        for block in blocks:
+            where: dict[str, Any] = {
+                "mesh": mesh.expert_data_mesh,
+                "shard_placement_fn": _expert_placement(mesh.edp.size),
+            }
+            fully_shard(block.moe.experts, **where, **options)
+    if mesh.data_mesh is not None:
+        options |= {"mesh": mesh.data_mesh}
+        if mesh.expert_data_mesh is None:
+            options["ignored_params"] = {p for block in blocks for p in block.moe.experts.parameters()}
+        for router in model.routers():
+            fully_shard(router.gate, **{**options, "mp_policy": wide})
+        for module in (*blocks, model):
+            fully_shard(module, **options)
+    for wrapped in _wrapped(model):
+        wrapped.set_gradient_divide_factor(1.0)
+        wrapped.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM
+
+
+def _expert_placement(edp: int) -> Callable[[nn.Parameter], DimShard]:
+    """Whole experts if each edp rank gets one; else parts of gate_up [e, 2, ffn, h] and down [e, h, ffn]."""
+
+    def place(parameter: nn.Parameter) -> DimShard:
+        return DimShard(0 if parameter.shape[0] >= edp else parameter.dim() - 2)
+
+    return place
+
+
+def _wrapped(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def sync_gradients(model: Transformer, on: bool) -> None:
     """Whether the next backward reduces gradients over the ranks or keeps them for a later one."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(on)
+    for module in _wrapped(model):
+        module.set_requires_gradient_sync(on, recurse=False)
 
 
-def copy_for_compute(shards: list[Shard], mesh: Mesh, dtype: torch.dtype) -> None:
-    """In one process, let the model compute in `dtype` beside fp32 masters; router gates stay fp32.
+def copy_for_compute(shards: list[Shard], dtype: torch.dtype) -> None:
+    """Let parameters that FSDP2 does not hold compute in `dtype` beside fp32 masters; router gates stay fp32.
 
     A hook adds each micro-batch's gradient to the master's fp32 one and frees it, as FSDP2 does.
     """
-    if mesh.dp is not None or dtype == torch.float32:
-        return
     for shard in shards:
-        if ".router.gate." in shard.name:
+        if isinstance(shard.parameter, DTensor) or dtype == torch.float32 or ".router.gate." in shard.name:
             continue
         shard.parameter.data = shard.master.to(dtype)
         shard.parameter.register_post_accumulate_grad_hook(_accumulate_into(shard.master))

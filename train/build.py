@@ -13,9 +13,11 @@ from data.dataset import TokenDataset
 from data.loader import Loader
 from data.packing import Batch
 from model.flops import count_parameters
+from model.moe import Router
 from model.transformer import Transformer
-from parallel.apply import parallelize
+from parallel.apply import build_parts, parallelize
 from parallel.mesh import Mesh
+from parallel.pipeline import Pipeline, SingleStage
 from parallel.placement import Shard
 from train.checkpoint import Resume, find_checkpoint, load_checkpoint, set_results_aside
 from train.config import ConfigError, Device, Precision, RunConfig, user_errors
@@ -52,7 +54,10 @@ class Run:
 
     cfg: RunConfig
     mesh: Mesh
-    model: Transformer
+    parts: list[Transformer]
+    """This rank's pipeline stages; the whole model without pp."""
+    engine: SingleStage | Pipeline
+    """Runs forward and backward over the micro-batches."""
     shards: list[Shard]
     """This rank's part of every parameter."""
     optimizer: torch.optim.Optimizer
@@ -63,6 +68,16 @@ class Run:
     stop: StopRequest
     metrics: MetricsWriter | None
     """Rank 0 only."""
+
+    @property
+    def routers(self) -> list[Router]:
+        """Routers of this rank's layers, in the order of `layers`."""
+        return [router for part in self.parts for router in part.routers()]
+
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of this rank's layers."""
+        return [int(layer) for part in self.parts for layer in part.blocks]
 
     @property
     def run_dir(self) -> Path:
@@ -90,9 +105,10 @@ def build_run(cfg: RunConfig, mesh: Mesh, stop: StopRequest, console: Console) -
         set_results_aside(run_dir)
     count = count_parameters(cfg.model)
     log.info("model: %s parameters, %s active a token", f"{count.total:,}", f"{count.active:,}")
-    with torch.device("meta"):
-        model = Transformer(cfg.model)
-    shards = parallelize(model, mesh, cfg.parallel, dtype=DTYPES[cfg.train.dtype], seed=cfg.seed)
+    dtype = DTYPES[cfg.train.dtype]
+    parts = build_parts(cfg.model, cfg.parallel, mesh, row_tokens=cfg.batch.row_tokens)
+    shards = parallelize(parts, mesh, cfg.parallel, dtype=dtype, seed=cfg.seed)
+    engine = build_engine(parts, cfg, mesh, dtype)
     optimizer = build_optimizer(shards, cfg.optimizer)
     progress = RunProgress()
     if found is not None:
@@ -105,7 +121,24 @@ def build_run(cfg: RunConfig, mesh: Mesh, stop: StopRequest, console: Console) -
     if mesh.rank == 0:
         metrics = MetricsWriter(run_dir, console=console, total_steps=cfg.train.steps, step=progress.step)
         metrics.start_wandb(cfg.wandb, name=cfg.name, run_dir=run_dir, config=asdict(cfg))
-    return Run(cfg, mesh, model, shards, optimizer, loader, held_out, progress, stop, metrics)
+    return Run(cfg, mesh, parts, engine, shards, optimizer, loader, held_out, progress, stop, metrics)
+
+
+def build_engine(
+    parts: list[Transformer], cfg: RunConfig, mesh: Mesh, dtype: torch.dtype
+) -> SingleStage | Pipeline:
+    """What runs forward and backward for batches of the configured size."""
+    if mesh.pp.size == 1:
+        return SingleStage(parts[0], zero_stage=cfg.parallel.zero_stage)
+    return Pipeline(
+        parts,
+        mesh,
+        cfg.parallel.schedule,
+        num_micro=cfg.num_micro_batches(mesh.dp.size),
+        micro_rows=cfg.batch.micro_rows,
+        row_tokens=cfg.batch.row_tokens,
+        dtype=dtype,
+    )
 
 
 def build_data(cfg: RunConfig, mesh: Mesh) -> tuple[Loader, Callable[[], list[Batch]]]:
@@ -114,8 +147,8 @@ def build_data(cfg: RunConfig, mesh: Mesh) -> tuple[Loader, Callable[[], list[Ba
     common: dict[str, Any] = {
         "row_tokens": cfg.batch.row_tokens,
         "micro_rows": cfg.batch.micro_rows,
-        "rank": mesh.dp_rank,
-        "size": mesh.dp_size,
+        "rank": mesh.dp.rank,
+        "size": mesh.dp.size,
         "vocab_size": cfg.model.vocab_size,
         "eval_fraction": cfg.data.eval_fraction,
     }

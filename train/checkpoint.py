@@ -81,14 +81,15 @@ def save_checkpoint(
     temporary, final = root / f".tmp-step-{step}", root / f"step-{step}"
     if mesh.rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-    barrier(mesh)
-    write_shard(temporary, mesh.rank, _boxes(shards, optimizer))
-    barrier(mesh)
+    barrier(mesh.world)
+    mine = [shard for shard in shards if shard.is_first]
+    write_shard(temporary, mesh.rank, _boxes(mine, optimizer))
+    barrier(mesh.world)
     if mesh.rank == 0:
         commit(temporary, final, mesh.world_size, {"step": step, "git_commit": _git_commit(), **facts})
         for _, path in list(checkpoints_in(root))[keep:] if keep else []:
             shutil.rmtree(path)
-    barrier(mesh)
+    barrier(mesh.world)
     return final
 
 
@@ -113,7 +114,7 @@ def find_checkpoint(run_dir: Path, resume: Resume) -> Path | None:
 def load_checkpoint(
     path: Path, *, shards: Sequence[Shard], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Fill weights and moments from a checkpoint of any data-parallel size; the manifest's facts."""
+    """Fill weights and moments from a checkpoint of any layout; the manifest's facts."""
     manifest = read_manifest(path)
     read_boxes(path, manifest, _boxes(shards, optimizer))
     set_step(optimizer, shards, manifest["progress"]["optimizer_steps"])

@@ -8,6 +8,7 @@ import torch
 
 from data.packing import Batch
 from model.flops import training_flops_per_token
+from parallel.pipeline import gather_layers
 from train.build import Run
 from train.checkpoint import save_checkpoint
 from train.config import user_errors
@@ -88,9 +89,8 @@ class Recorder:
     def record(self, result: StepResult, eval_loss: float | None) -> None:
         """Write one record and start the next interval."""
         run, cfg, progress = self.run, self.run.cfg, self.run.progress
-        routers = run.model.routers()
-        load = torch.stack([router.load for router in routers])
-        aux_loss = torch.stack([router.aux_loss for router in routers]).mean().item()
+        load = self._all_layers([router.load for router in run.routers])
+        aux_loss = self._all_layers([router.aux_loss for router in run.routers]).mean().item()
         speed = self.throughput.read(progress.tokens)
         flops = training_flops_per_token(cfg.model, self.squares / self.lengths)
         peak, cuda = peak_flops(run.mesh.device), run.mesh.device.type == "cuda"
@@ -98,7 +98,7 @@ class Recorder:
             "step": progress.step,
             "tokens": progress.tokens,
             "loss": result.loss,
-            "aux_loss": aux_loss / cfg.num_micro_batches(run.mesh.dp_size),
+            "aux_loss": aux_loss / cfg.num_micro_batches(run.mesh.dp.size),
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "row_tokens": cfg.batch.row_tokens,
@@ -117,9 +117,14 @@ class Recorder:
                 "step": progress.step,
                 "load": load.tolist(),
                 "dropped": torch.zeros_like(load).tolist(),
-                "moved": [0] * len(routers),
+                "moved": [0] * cfg.model.num_layers,
             }
             run.metrics.write(record, experts)
-        for router in routers:
+        for router in run.routers:
             router.load.zero_()
         self.squares = self.lengths = self.skipped = 0
+
+    def _all_layers(self, values: list[torch.Tensor]) -> torch.Tensor:
+        """[num_layers, ...] of all pipeline stages."""
+        run = self.run
+        return gather_layers(torch.stack(values), run.layers, run.cfg.model.num_layers, run.mesh.pp)

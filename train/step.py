@@ -8,9 +8,10 @@ import torch
 
 from data.packing import Batch
 from parallel.collectives import all_reduce_sum
+from parallel.context import zigzag
 from parallel.grad import scale_gradients, square_sum
+from parallel.pipeline import MicroBatch
 from parallel.placement import collect_gradients, drop_gradients, publish
-from parallel.zero import sync_gradients
 from train.build import Run
 from train.optimizer import set_lr
 from train.schedule import lr_factor
@@ -35,13 +36,15 @@ class StepResult:
 def train_step(run: Run, batches: Sequence[Batch]) -> StepResult:
     """Forward and backward over this rank's micro-batches, then one update, decided alike on every rank."""
     cfg, progress = run.cfg, run.progress
-    targets = all_reduce_sum(count_targets(batches).to(run.mesh.device), run.mesh)
-    for router in run.model.routers():
+    targets = all_reduce_sum(count_targets(batches).to(run.mesh.device), run.mesh.dp)
+    for router in run.routers:
         router.aux_loss.zero_()
-    loss = forward_backward(run, batches, targets)
-    collect_gradients(run.shards)
+    aux_weight = cfg.router.aux_loss_coefficient / (len(batches) * cfg.model.num_layers)
+    loss = run.engine.forward_backward(local_batches(run, batches), targets, aux_weight)
+    loss /= run.mesh.tp.size  # every tp rank has the same losses
+    collect_gradients(run.shards, run.mesh.tp)
     squares = square_sum(run.shards)
-    sums = all_reduce_sum(torch.stack([loss, squares, squares.new_tensor(run.stop.is_set)]), run.mesh)
+    sums = all_reduce_sum(torch.stack([loss, squares, squares.new_tensor(run.stop.is_set)]), run.mesh.world)
     loss_sum, square, stops = sums.tolist()  # the one host read of a step
     grad_norm = math.sqrt(square)
     skipped = not math.isfinite(loss_sum + grad_norm)
@@ -57,37 +60,24 @@ def train_step(run: Run, batches: Sequence[Batch]) -> StepResult:
     return StepResult(loss_sum, grad_norm, lr, skipped, stops > 0)
 
 
-def forward_backward(run: Run, batches: Sequence[Batch], targets: torch.Tensor) -> torch.Tensor:
-    """Accumulate the gradients of this rank's share of the loss; returns the share, an fp64 scalar.
-
-    Args:
-        targets: number of target tokens of the global batch, on the device.
-    """
-    aux_weight = run.cfg.router.aux_loss_coefficient / (len(batches) * run.cfg.model.num_layers)
-    total = torch.zeros((), dtype=torch.float64, device=run.mesh.device)
-    for number, batch in enumerate(batches, start=1):
-        sync_gradients(run.model, run.cfg.parallel.zero_stage > 1 or number == len(batches))
-        batch = batch.to(run.mesh.device)
-        losses = run.model(batch.tokens, batch.offsets, targets=batch.targets, aux_weight=aux_weight)
-        loss = losses.sum() / targets
-        loss.backward()
-        total += loss.detach()
-    return total
-
-
 @torch.no_grad()
 def evaluate(run: Run) -> float:
     """Mean loss a target token over the held-out rows, the same rows every time."""
-    run.model.eval()
+    for part in run.parts:
+        part.eval()
     batches = run.held_out()
-    sums = torch.zeros(2, dtype=torch.float64, device=run.mesh.device)
-    for batch in batches:
-        batch = batch.to(run.mesh.device)
-        sums[0] += run.model(batch.tokens, batch.offsets, targets=batch.targets).sum()
-        sums[1] += (batch.targets >= 0).sum()
-    run.model.train()
-    loss, targets = all_reduce_sum(sums, run.mesh).tolist()
-    return loss / targets
+    loss_sum = run.engine.loss_sum(local_batches(run, batches)) / run.mesh.tp.size
+    for part in run.parts:
+        part.train()
+    targets = all_reduce_sum(count_targets(batches).to(run.mesh.device), run.mesh.dp)
+    return (all_reduce_sum(loss_sum, run.mesh.world) / targets).item()
+
+
+def local_batches(run: Run, batches: Sequence[Batch]) -> list[MicroBatch]:
+    """This rank's tokens of the micro-batches, on its device."""
+    moved = [batch.to(run.mesh.device) for batch in batches]
+    cp = run.mesh.cp
+    return [MicroBatch(zigzag(b.tokens, cp), zigzag(b.targets, cp), b.offsets) for b in moved]
 
 
 def count_targets(batches: Sequence[Batch]) -> torch.Tensor:

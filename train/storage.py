@@ -1,6 +1,6 @@
 """Checkpoint folders: one safetensors file a rank, and a JSON manifest that says which box lies where.
 
-A rank reads the boxes that overlap its own, so any data-parallel size restores any other. A folder is written
+A rank reads the boxes that overlap its own, so any layout restores any other. A folder is written
 beside its final name and renamed when complete; without a manifest it is no checkpoint.
 """
 

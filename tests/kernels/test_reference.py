@@ -8,9 +8,13 @@ from torch import Tensor
 from kernels.documents import Documents, locate_documents
 from kernels.reference import (
     apply_rotary,
+    attention_part,
+    attention_part_backward,
     grouped_gemm,
     lightning_attention,
+    lightning_end_state,
     linear_cross_entropy,
+    merge_attention,
     rms_norm,
     rotary_table,
     softmax_attention,
@@ -78,6 +82,46 @@ def test_softmax_attention_by_document(name: str) -> None:
     scores = scores.masked_fill(~(same & (i[:, None] >= i))[:, None], -torch.inf)
     expected = torch.einsum("rhij,rjhd->rihd", scores.softmax(-1), v.repeat_interleave(3, 2))
     compare(softmax_attention(q, k, v, documents), expected, leaves)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("cut", [33, 64])
+def test_lightning_goes_on_from_a_state(name: str, cut: int) -> None:
+    documents = documents_of(name)
+    q, k, v = leaves = inputs(*[(documents.ids.shape[0], 100, 3, 5)] * 3)
+    slopes = torch.tensor([0.9, 0.1, 0.004], dtype=torch.float64)
+    (q0, q1), (k0, k1), (v0, v1), (ids0, ids1), (at0, at1) = (
+        x.split([cut, 100 - cut], dim=1) for x in (q, k, v, documents.ids, documents.positions)
+    )
+    before, after = Documents(documents.offsets, ids0, at0), Documents(documents.offsets, ids1, at1)
+    state = lightning_end_state(k0, v0, slopes, before) * (at1[:, 0] > 0)[:, None, None, None]
+    parts = [
+        lightning_attention(q0, k0, v0, slopes, before, chunk=16),
+        lightning_attention(q1, k1, v1, slopes, after, chunk=16, initial_state=state),
+    ]
+    compare(torch.cat(parts, dim=1), lightning_attention(q, k, v, slopes, documents), leaves)
+
+
+def test_attention_parts_add_up() -> None:
+    """Any split of the keys, of which one part is masked, against attention over all of them."""
+    q, k, v = leaves = inputs((2, 7, 6, 4), (2, 9, 2, 4), (2, 9, 2, 4))
+    seen = torch.rand(2, 7, 5) < 0.5
+    seen[:, :, 2] = True
+    mask = torch.cat([seen, torch.ones(2, 7, 4, dtype=torch.bool)], dim=2)[:, None]
+    whole = [x.transpose(1, 2) for x in (q, k.repeat_interleave(3, 2), v.repeat_interleave(3, 2))]
+    expected = F.scaled_dot_product_attention(*whole, attn_mask=mask).transpose(1, 2)
+    first, second = (k[:, :5], v[:, :5]), (k[:, 5:], v[:, 5:])
+    o, lse = merge_attention(*attention_part(q, *first, seen), *attention_part(q, *second))
+    grad = torch.randn_like(o)
+    expected_grads = torch.autograd.grad(expected, leaves, grad, retain_graph=True)
+    compare(o, expected, leaves)
+    with torch.no_grad():
+        shared = (lse, (o * grad).sum(-1), grad)
+        dq0, dk0, dv0 = attention_part_backward(q, *first, *shared, seen)
+        dq1, dk1, dv1 = attention_part_backward(q, *second, *shared)
+    actual = (dq0 + dq1, torch.cat([dk0, dk1], 1), torch.cat([dv0, dv1], 1))
+    for mine, theirs in zip(actual, expected_grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("rotary_dim", [2, 6, 10])

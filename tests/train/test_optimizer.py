@@ -14,7 +14,9 @@ from train.optimizer import OptimizerConfig, _why_not_apex, build_optimizer, mom
 def make_shards() -> list[Shard]:
     torch.manual_seed(0)
     parameters = {"matrix": nn.Parameter(torch.randn(3, 2)), "norm.weight": nn.Parameter(torch.randn(4))}
-    return [Shard(name, tuple(p.shape), (0,) * p.dim(), p, p.detach()) for name, p in parameters.items()]
+    return [
+        Shard(name, tuple(p.shape), (0,) * p.dim(), 1, True, p, p.detach()) for name, p in parameters.items()
+    ]
 
 
 def test_step_is_adamw_and_norms_do_not_decay(caplog: pytest.LogCaptureFixture) -> None:

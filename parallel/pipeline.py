@@ -1,0 +1,210 @@
+"""Forward and backward over the micro-batches of a step: plain in one stage, scheduled over several.
+
+Both forms take the same micro-batches and return this rank's share of the loss; gradients are plain sums.
+The schedules are torch's, stages are cut by cost, layer names stay global.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
+    PipelineScheduleSingle,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+
+from model.transformer import Transformer
+from parallel.config import Schedule, num_stages, stage_owner, stages_of
+from parallel.mesh import Axis, Mesh
+from parallel.zero import sync_gradients
+
+SCHEDULES: dict[Schedule, type[PipelineScheduleSingle] | type[PipelineScheduleMulti]] = {
+    Schedule["1f1b"]: Schedule1F1B,
+    Schedule.interleaved: ScheduleInterleaved1F1B,
+    Schedule.interleaved_zero_bubble: ScheduleInterleavedZeroBubble,
+    Schedule.zbv: ScheduleZBVZeroBubble,
+    Schedule.dualpipev: ScheduleDualPipeV,
+}
+
+
+class MicroBatch(NamedTuple):
+    """What one rank computes at once, on its device."""
+
+    tokens: Tensor
+    """[rows, tokens/cp] int64."""
+    targets: Tensor
+    """[rows, tokens/cp] int64, negative = none."""
+    offsets: Tensor
+    """[rows, max_documents + 1] int32; the same width in all micro-batches of a step."""
+
+
+def split_layers(costs: Sequence[float], num_stages: int) -> list[range]:
+    """Cut layers into consecutive stages so that the dearest stage is as cheap as can be.
+
+    Args:
+        costs: of each layer, those of embedding and head added to the first and the last.
+
+    Raises:
+        ValueError: fewer layers than stages.
+    """
+    if len(costs) < num_stages:
+        raise ValueError(f"{len(costs)} layers cannot fill {num_stages} pipeline stages; use fewer stages")
+    total = [0.0, *itertools.accumulate(costs)]
+    layers = len(costs)
+    best = [
+        [total[end]] for end in range(layers + 1)
+    ]  # best[end][s]: dearest of s + 1 stages over layers < end
+    cut: list[list[int]] = [[0] for _ in range(layers + 1)]
+    for stage in range(1, num_stages):
+        for end in range(layers + 1):
+            choices = [
+                (max(best[start][stage - 1], total[end] - total[start]), start) for start in range(stage, end)
+            ]
+            value, start = min(choices) if choices else (float("inf"), 0)
+            best[end].append(value)
+            cut[end].append(start)
+    ends = [layers]
+    for stage in range(num_stages - 1, 0, -1):
+        ends.append(cut[ends[-1]][stage])
+    ends.append(0)
+    return [range(a, b) for a, b in itertools.pairwise(reversed(ends))]
+
+
+class SingleStage:
+    """The whole model on this rank's pipeline stage: micro-batches one after the other."""
+
+    def __init__(self, model: Transformer, *, zero_stage: int) -> None:
+        self.model, self.zero_stage = model, zero_stage
+
+    def forward_backward(
+        self, batches: Sequence[MicroBatch], target_count: Tensor, aux_weight: float
+    ) -> Tensor:
+        """Accumulate gradients of the loss divided by target_count; this rank's share of it, fp64."""
+        total = torch.zeros((), dtype=torch.float64, device=target_count.device)
+        for number, batch in enumerate(batches, start=1):
+            sync_gradients(self.model, self.zero_stage > 1 or number == len(batches))
+            losses = self.model(batch.tokens, batch.offsets, targets=batch.targets, aux_weight=aux_weight)
+            loss = losses.sum() / target_count
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def loss_sum(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """Sum of the losses of this rank's tokens, forward only, fp64."""
+        sums = [self.model(b.tokens, b.offsets, targets=b.targets).double().sum() for b in batches]
+        return torch.stack(sums).sum()
+
+
+class Pipeline:
+    """Several stages: torch's schedule drives them; gradients are reduced once, at the end of the step."""
+
+    def __init__(
+        self,
+        parts: Sequence[Transformer],
+        mesh: Mesh,
+        schedule: Schedule,
+        *,
+        num_micro: int,
+        micro_rows: int,
+        row_tokens: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """Lay the stages over mesh.pp.
+
+        Args:
+            parts: this rank's stages, ascending.
+            num_micro: micro-batches of a step.
+            row_tokens: of the whole row, before cp cuts it.
+            dtype: of the hidden states.
+        """
+        self.parts, self.pp, self.schedule_kind = list(parts), mesh.pp, schedule
+        self.numbers = stages_of(mesh.pp.rank, schedule, mesh.pp.size)
+        self.num_stages = num_stages(schedule, mesh.pp.size)
+        tokens = row_tokens // mesh.cp.size
+        self.ids = torch.empty(micro_rows, tokens, dtype=torch.int64, device=mesh.device)
+        hidden = (micro_rows, tokens // mesh.tp.size, self.parts[0].cfg.hidden_size)
+        self.hidden = torch.empty(hidden, dtype=dtype, device=mesh.device, requires_grad=True)
+        self.losses = torch.empty(
+            micro_rows, tokens, dtype=torch.float32, device=mesh.device, requires_grad=True
+        )
+        self.target_count = torch.ones((), device=mesh.device)
+        stages = [self._stage(n, part, mesh) for n, part in zip(self.numbers, self.parts, strict=True)]
+        is_single = schedule is Schedule["1f1b"]
+        self.schedule = SCHEDULES[schedule](
+            stages[0] if is_single else stages,  # type: ignore[arg-type]
+            num_micro,
+            loss_fn=lambda losses, targets: losses.sum() / self.target_count,
+            scale_grads=False,  # the loss is normalised by tokens already
+        )
+
+    def _stage(self, number: int, part: Transformer, mesh: Mesh) -> PipelineStage:
+        return PipelineStage(
+            part,
+            number,
+            self.num_stages,
+            mesh.device,
+            input_args=self.ids if number == 0 else self.hidden,
+            output_args=self.losses if number == self.num_stages - 1 else self.hidden,
+            group=mesh.pp.group,
+        )
+
+    def forward_backward(
+        self, batches: Sequence[MicroBatch], target_count: Tensor, aux_weight: float
+    ) -> Tensor:
+        """As SingleStage's; 0 on ranks without the last stage."""
+        for part in self.parts:
+            sync_gradients(part, True)
+        self.target_count = target_count
+        tokens, targets, offsets = (torch.cat(column) for column in zip(*batches, strict=True))
+        losses: list[Tensor] = []
+        arguments: dict[str, Any] = {"offsets": offsets, "targets": targets, "aux_weight": aux_weight}
+        first = (tokens,) if 0 in self.numbers else ()
+        target = targets if self.num_stages - 1 in self.numbers else None
+        self.schedule.step(*first, target=target, losses=losses, **arguments)
+        zero = torch.zeros((), dtype=torch.float64, device=tokens.device)
+        return sum((loss.detach().double() for loss in losses), zero)
+
+    def loss_sum(self, batches: Sequence[MicroBatch]) -> Tensor:
+        """As SingleStage's, one micro-batch after the other; 0 on ranks without the last stage."""
+        total = torch.zeros((), dtype=torch.float64, device=self.ids.device)
+        mine = dict(zip(self.numbers, self.parts, strict=True))
+        for batch in batches:
+            x = batch.tokens
+            for number in range(self.num_stages):
+                if number:
+                    x = self._hand_over(x, number)
+                if number in mine:
+                    x = mine[number](x, batch.offsets, targets=batch.targets)
+            if self.num_stages - 1 in mine:
+                total += x.double().sum()
+        return total
+
+    def _hand_over(self, x: Tensor, stage: int) -> Tensor:
+        """Send x from the stage before to `stage`; what its rank receives, x elsewhere."""
+        source, target = (stage_owner(s, self.schedule_kind, self.pp.size) for s in (stage - 1, stage))
+        if source == target:
+            return x
+        if self.pp.rank == source:
+            dist.send(x.contiguous(), self.pp.ranks[target], group=self.pp.group)
+        elif self.pp.rank == target:
+            x = torch.empty_like(self.hidden)
+            dist.recv(x, self.pp.ranks[source], group=self.pp.group)
+        return x
+
+
+def gather_layers(values: Tensor, layers: Sequence[int], num_layers: int, pp: Axis) -> Tensor:
+    """[num_layers, ...] from this rank's [layers, ...], summed into place over the pipeline."""
+    whole = values.new_zeros((num_layers, *values.shape[1:]))
+    whole[list(layers)] = values
+    if pp.group is not None:
+        dist.all_reduce(whole, group=pp.group)
+    return whole
