@@ -43,6 +43,7 @@ class Router(nn.Module):
         self.top_k = cfg.experts_per_token
         self.gate = linear(cfg.hidden_size, cfg.num_experts)
         self.pool: nn.Module = LocalPool()
+        self.is_recording = True  # off while a block is computed again for its backward pass
         self.register_buffer("load", torch.zeros(cfg.num_experts, dtype=torch.int64), persistent=False)
         self.register_buffer("aux_loss", torch.zeros(()), persistent=False)
 
@@ -72,9 +73,10 @@ class Router(nn.Module):
         tokens = pooled_choices.detach().sum() / self.top_k
         share = pooled_choices.detach() / (tokens * self.top_k)
         aux_loss = probs.shape[-1] * (share * (pooled_probs / tokens)).sum()
-        with torch.no_grad():
-            self.load += pooled_choices.long()
-            self.aux_loss += aux_loss
+        if self.is_recording:
+            with torch.no_grad():
+                self.load += pooled_choices.long()
+                self.aux_loss += aux_loss
         return _AddLoss.apply(weights, aux_loss * aux_weight)
 
 

@@ -1,4 +1,4 @@
-"""The one place where a plain model becomes a parallel one: TP -> EP/ETP -> CP -> ZeRO."""
+"""The one place where a plain model becomes a parallel one: TP -> EP/ETP -> CP -> recompute -> ZeRO."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,15 @@ from model.flops import forward_flops_per_token
 from model.init import init_slice
 from model.transformer import Transformer
 from parallel.collectives import PoolOverRanks
-from parallel.config import ParallelConfig, num_stages, stages_of
+from parallel.config import Offload, ParallelConfig, Recompute, num_stages, stages_of
 from parallel.context import apply_context
 from parallel.expert import apply_expert
 from parallel.mesh import Mesh
 from parallel.pipeline import split_layers
 from parallel.placement import Shard, local_shards, publish
+from parallel.recompute import apply_recompute
 from parallel.tensor import apply_tensor
-from parallel.zero import apply_zero, copy_for_compute
+from parallel.zero import apply_zero, copy_for_compute, materialize
 
 
 def build_parts(
@@ -35,13 +36,22 @@ def build_parts(
 
 
 def parallelize(
-    parts: Sequence[Transformer], mesh: Mesh, cfg: ParallelConfig, *, dtype: torch.dtype, seed: int
+    parts: Sequence[Transformer],
+    mesh: Mesh,
+    cfg: ParallelConfig,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    recompute: Recompute = Recompute.none,
+    offload: Offload = Offload.none,
 ) -> list[Shard]:
     """Spread this rank's stages, on the meta device, over the mesh and give them their initial weights.
 
     Args:
         dtype: what the model computes in.
         seed: of the weights.
+        recompute: what blocks compute again in backward.
+        offload: where masters lie.
 
     Returns:
         This rank's part of every parameter of its stages.
@@ -53,13 +63,13 @@ def parallelize(
         if mesh.stage.size > 1:
             for router in model.routers():
                 router.pool = PoolOverRanks(mesh.stage)
-        apply_zero(model, mesh, stage=cfg.zero_stage, dtype=dtype)
-        model.to_empty(device=mesh.device)
-        model.reset_buffers()
+        apply_recompute(model, mesh.cp, recompute)
+        apply_zero(model, mesh, stage=cfg.zero_stage, dtype=dtype, offload=offload)
+        materialize(model, mesh, offload)
         shards += local_shards(model, placements, mesh.tp)
     for shard in shards:
         where = {"shape": shard.shape, "offset": shard.offset}
         init_slice(shard.master, shard.name, cfg=parts[0].cfg, seed=seed, **where)
-    copy_for_compute(shards, dtype)
+    copy_for_compute(shards, mesh.device, dtype)
     publish(shards)
     return shards

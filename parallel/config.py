@@ -4,6 +4,25 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+
+class Offload(StrEnum):
+    """Where the optimizer's masters and moments lie and its step runs."""
+
+    none = "none"
+    cpu = "cpu"
+
+
+class Recompute(StrEnum):
+    """What a block's forward pass keeps for backward."""
+
+    none = "none"
+    """Everything."""
+    selective = "selective"
+    """Its input, and what attention would compute or communicate again: (o, log-sum-exp), states."""
+    full = "full"
+    """Its input alone."""
+
+
 Schedule = StrEnum(
     "Schedule",
     {

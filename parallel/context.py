@@ -19,7 +19,7 @@ from model.lightning import LightningAttention, LightningCore
 from model.transformer import Transformer
 from parallel.collectives import barrier
 from parallel.mesh import Axis
-from parallel.ring import RingCore, by_chunk, from_chunks, owned_chunks
+from parallel.ring import Kept, RingCore, by_chunk, from_chunks, owned_chunks
 
 
 class StateExchange(StrEnum):
@@ -85,6 +85,8 @@ class PrefixStateCore(LightningCore):
         self.slope_values = core.slope_values
         self.register_buffer("slopes", core.slopes, persistent=False)
         self.cp, self.exchange = cp, exchange
+        self.kept: Kept | None = None
+        """As in RingCore."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, *, filler: Callable[[], Any]
@@ -96,6 +98,7 @@ class PrefixStateCore(LightningCore):
         local = Documents(documents.offsets, ids, positions)
         ends = lightning_end_state(k, v, self.slopes, local).unflatten(0, (-1, 2)).transpose(0, 1)
         passing = _Passing(self.cp, self.exchange, documents.offsets, self.slopes.to(ends.dtype), k.shape[1])
+        passing.kept = self.kept or Kept()
         sent = _SendStates.apply(ends, passing)
         filled = filler()
         entering = _ReceiveStates.apply(sent, passing).transpose(0, 1).flatten(0, 1)
@@ -113,7 +116,8 @@ class _SendStates(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ends: Tensor, passing: "_Passing") -> Tensor:
         ctx.passing = passing
-        passing.send(ends)
+        if passing.kept.values is None:
+            passing.send(ends)
         return ends.new_empty(0)
 
     @staticmethod
@@ -127,8 +131,7 @@ class _ReceiveStates(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sent: Tensor, passing: "_Passing") -> Tensor:
         ctx.passing = passing
-        entering = passing.receive(backward=False)
-        return torch.where(passing.mine(passing.began), entering, 0)
+        return passing.kept.once(passing.entering)[0].detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -152,7 +155,12 @@ class _Passing:
         self.began = (offsets != edges).all(-1)[..., None, None, None]  # [chunks, rows, 1, 1, 1]
         is_one = ((offsets <= edges) | (offsets >= edges + length)).all(-1)[..., None, None, None]
         decay = torch.exp(-slopes * length)[:, None, None]
+        self.kept = Kept()
         self.through = (self.began & is_one) * decay  # [chunks, rows, heads/tp, 1, 1]
+
+    def entering(self) -> tuple[Tensor]:
+        """The states that enter this rank's chunks, 0 where a document begins."""
+        return (torch.where(self.mine(self.began), self.receive(backward=False), 0),)
 
     def mine(self, chunks: Tensor) -> Tensor:
         """[chunks, ...] -> [2, ...] of this rank."""

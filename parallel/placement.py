@@ -45,12 +45,15 @@ class Shard:
     parameter: nn.Parameter
     """What the model computes with: a DTensor under FSDP2, perhaps bf16 without."""
     master: Tensor
-    """[local shape] fp32 values; shares its memory with `parameter` unless that is bf16."""
+    """[local shape] fp32 values; shares its memory with `parameter` unless that is a copy."""
 
     @property
     def is_copied(self) -> bool:
-        """Whether the model computes with a rounded copy of the master."""
-        return not isinstance(self.parameter, DTensor) and self.parameter.dtype != self.master.dtype
+        """Whether the model computes with a copy of the master, rounded or on another device."""
+        if isinstance(self.parameter, DTensor):
+            return False
+        mine, master = self.parameter, self.master
+        return mine.dtype != master.dtype or mine.device != master.device
 
 
 def local_shards(model: nn.Module, placements: Mapping[str, Placement], tp: Axis) -> list[Shard]:
@@ -80,7 +83,8 @@ def collect_gradients(shards: Sequence[Shard], tp: Axis) -> None:
         if not shard.is_copied:
             shard.master.grad = grad.to_local() if isinstance(grad, DTensor) else grad
         elif grad is not None:  # split backward passes do not run the hook that filled the master's
-            shard.master.grad = grad.float() if shard.master.grad is None else shard.master.grad + grad
+            more = grad.to(shard.master.device, torch.float32)
+            shard.master.grad = more if shard.master.grad is None else shard.master.grad + more
     for share in {shard.share for shard in shards} - {1}:
         _sum_shared([shard for shard in shards if shard.share == share], share, tp)
 
@@ -104,7 +108,7 @@ def drop_gradients(shards: Sequence[Shard]) -> None:
 
 
 def publish(shards: Sequence[Shard]) -> None:
-    """Round the masters into the copies that the model computes with, where there are any."""
+    """Write the masters into the copies that the model computes with, where there are any."""
     copied = [shard for shard in shards if shard.is_copied]
     if copied:
         torch._foreach_copy_([s.parameter.detach() for s in copied], [s.master for s in copied])

@@ -34,6 +34,19 @@ def from_chunks(x: Tensor) -> Tensor:
     return x.unflatten(0, (-1, 2)).flatten(1, 2)
 
 
+class Kept:
+    """Values of one forward pass that its recomputation takes over instead of computing them again."""
+
+    def __init__(self) -> None:
+        self.values: tuple[Tensor, ...] | None = None
+
+    def once(self, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What the first call computed."""
+        if self.values is None:
+            self.values = compute()
+        return self.values
+
+
 class Crossing(NamedTuple):
     """A document that covers the end of a chunk and goes on in the next one."""
 
@@ -75,6 +88,8 @@ class RingCore(nn.Module):
         self.cp = cp
         self.sent_bytes = 0
         """By this rank, forward and backward."""
+        self.kept: Kept | None = None
+        """Set by recompute.py while a block runs that will be computed again."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, *, filler: Callable[[], Any]
@@ -83,10 +98,10 @@ class RingCore(nn.Module):
 
         Reads the offsets on the host: one synchronisation with the device a call.
         """
-        if self.cp.group is None:
+        if self.cp.group is None and self.kept is None:
             return softmax_attention(q, k, v, documents), filler()
         ring = _Ring(self, documents.offsets.tolist(), q.shape[1] // 2)
-        return _RingAttention.apply(q, k, v, documents.ids, ring), filler()
+        return _RingAttention.apply(q, k, v, documents.ids, ring, self.kept), filler()
 
 
 class _Ring:
@@ -175,24 +190,16 @@ class _RingAttention(torch.autograd.Function):
     """forward: the ring, saves (o, log-sum-exp); backward: the ring again, gradients of keys sent back."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ids: Tensor, ring: _Ring) -> Tensor:
-        for step, crossings, held in ring.arrivals(k, v):
-            if step == 0:  # after the first transfer is posted
-                parts = attention_part(by_chunk(q), by_chunk(k), by_chunk(v), _seen(ids))
-                o, lse = (from_chunks(x) for x in parts)
-            for crossing, keys in zip(crossings, held, strict=True):
-                for queries in ring.queries(crossing, ring.cp.rank):
-                    at = slice(crossing.row, crossing.row + 1), queries
-                    key, value = keys[None].unbind(2)
-                    part = attention_part(q[at], key, value)
-                    o[at], lse[at] = merge_attention(o[at], lse[at], *part)
-        o = o.to(q.dtype)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ids: Tensor, ring: _Ring, kept: Kept | None
+    ) -> Tensor:
+        o, lse = (kept or Kept()).once(lambda: _ring_forward(q, k, v, ids, ring))
         ctx.save_for_backward(q, k, v, ids, o, lse)
         ctx.ring = ring
-        return o
+        return o.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, ids, o, lse = ctx.saved_tensors
         ring, grad = ctx.ring, grads[0].to(lse.dtype)
         delta = (o * grad).sum(-1)
@@ -217,9 +224,25 @@ class _RingAttention(torch.autograd.Function):
             if step > 1:  # one step's gradients are under way while the next one computes
                 _add_returned(dkv, ring, step - 1, returning())
             returning = ring.send_back(step, key_grads, dkv[0])
-        _add_returned(dkv, ring, ring.cp.size - 1, returning())
+        if ring.cp.size > 1:
+            _add_returned(dkv, ring, ring.cp.size - 1, returning())
         dk, dv = dkv.unbind(2)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def _ring_forward(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, ring: _Ring) -> tuple[Tensor, Tensor]:
+    """(o [rows, tokens/cp, heads, head_dim] in q's dtype, log-sum-exp [rows, tokens/cp, heads])."""
+    for step, crossings, held in ring.arrivals(k, v):
+        if step == 0:  # after the first transfer is posted
+            parts = attention_part(by_chunk(q), by_chunk(k), by_chunk(v), _seen(ids))
+            o, lse = (from_chunks(x) for x in parts)
+        for crossing, keys in zip(crossings, held, strict=True):
+            for queries in ring.queries(crossing, ring.cp.rank):
+                at = slice(crossing.row, crossing.row + 1), queries
+                key, value = keys[None].unbind(2)
+                part = attention_part(q[at], key, value)
+                o[at], lse[at] = merge_attention(o[at], lse[at], *part)
+    return o.to(q.dtype), lse
 
 
 def _seen(ids: Tensor) -> Tensor:

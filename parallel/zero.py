@@ -4,30 +4,37 @@ The loss is divided by the global batch's target tokens, so every gradient is a 
 """
 
 import dataclasses
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as DimShard
 
 from model.transformer import Block, Transformer
+from parallel.config import Offload
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 
 
-def apply_zero(model: Transformer, mesh: Mesh, *, stage: int, dtype: torch.dtype) -> None:
+def apply_zero(
+    model: Transformer, mesh: Mesh, *, stage: int, dtype: torch.dtype, offload: Offload = Offload.none
+) -> None:
     """Wrap experts on edp, each router gate (fp32), each block and the rest on dp x cp, where the axes exist.
 
     Args:
         stage: 3 frees the gathered parameters after each forward; 1 and 2 keep them until backward.
         dtype: what the model computes in; gradients are reduced in fp32.
+        offload: `cpu` keeps parameters and reduced gradients in host memory.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     wide = dataclasses.replace(policy, param_dtype=torch.float32)
     options: dict[str, Any] = {"reshard_after_forward": stage == 3, "mp_policy": policy}
+    if offload is Offload.cpu:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda")
     blocks = [block for block in model.blocks.values() if isinstance(block, Block)]
     if mesh.expert_data_mesh is not None:
         for block in blocks:
@@ -68,25 +75,54 @@ def sync_gradients(model: Transformer, on: bool) -> None:
         module.set_requires_gradient_sync(on, recurse=False)
 
 
-def copy_for_compute(shards: list[Shard], dtype: torch.dtype) -> None:
-    """Let parameters that FSDP2 does not hold compute in `dtype` beside fp32 masters; router gates stay fp32.
+def materialize(model: Transformer, mesh: Mesh, offload: Offload) -> None:
+    """Give a model on the meta device memory: masters on the host if offloaded, buffers on the device."""
+    model.to_empty(device="cpu" if offload is Offload.cpu else mesh.device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(mesh.device))
+    model.reset_buffers()
+
+
+def copy_for_compute(shards: list[Shard], device: torch.device, dtype: torch.dtype) -> None:
+    """Let parameters that FSDP2 does not hold compute in `dtype` (router gates: fp32) beside fp32 masters.
 
     A hook adds each micro-batch's gradient to the master's fp32 one and frees it, as FSDP2 does.
     """
     for shard in shards:
-        if isinstance(shard.parameter, DTensor) or dtype == torch.float32 or ".router.gate." in shard.name:
+        target = torch.float32 if ".router.gate." in shard.name else dtype
+        is_same = target == torch.float32 and shard.master.device.type == device.type
+        if isinstance(shard.parameter, DTensor) or is_same:
             continue
-        shard.parameter.data = shard.master.to(dtype)
+        shard.parameter.data = shard.master.to(device, target)
         shard.parameter.register_post_accumulate_grad_hook(_accumulate_into(shard.master))
 
 
 def _accumulate_into(master: Tensor) -> Callable[[Tensor], None]:
     def add(parameter: Tensor) -> None:
         assert parameter.grad is not None
+        grad = parameter.grad.to(master.device, torch.float32)
         if master.grad is None:
-            master.grad = parameter.grad.float()
+            master.grad = grad
         else:
-            master.grad += parameter.grad
+            master.grad += grad
         parameter.grad = None
 
     return add
+
+
+def build_cpu_adam(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    """DeepSpeed's AdamW for masters on the host; its extension is compiled at first use.
+
+    Raises:
+        RuntimeError: deepspeed is missing, or its extension cannot be compiled here.
+    """
+    try:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=True, **options)
+    except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(
+            "optimizer.offload=cpu needs deepspeed, and a C++ compiler and ninja to build its CPU Adam; "
+            f"install them or set optimizer.offload=none: {error}"
+        ) from error

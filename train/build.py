@@ -107,7 +107,15 @@ def build_run(cfg: RunConfig, mesh: Mesh, stop: StopRequest, console: Console) -
     log.info("model: %s parameters, %s active a token", f"{count.total:,}", f"{count.active:,}")
     dtype = DTYPES[cfg.train.dtype]
     parts = build_parts(cfg.model, cfg.parallel, mesh, row_tokens=cfg.batch.row_tokens)
-    shards = parallelize(parts, mesh, cfg.parallel, dtype=dtype, seed=cfg.seed)
+    shards = parallelize(
+        parts,
+        mesh,
+        cfg.parallel,
+        dtype=dtype,
+        seed=cfg.seed,
+        recompute=cfg.train.recompute,
+        offload=cfg.optimizer.offload,
+    )
     engine = build_engine(parts, cfg, mesh, dtype)
     optimizer = build_optimizer(shards, cfg.optimizer)
     progress = RunProgress()

@@ -20,7 +20,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from data.config import DataConfig
 from model.config import ModelConfig, RouterConfig
-from parallel.config import SPLIT_BACKWARD, ParallelConfig, Schedule, num_stages
+from parallel.config import SPLIT_BACKWARD, ParallelConfig, Recompute, Schedule, num_stages
 from train.checkpoint import CheckpointConfig
 from train.metrics import LogConfig, WandbConfig
 from train.optimizer import OptimizerConfig
@@ -79,6 +79,8 @@ class TrainConfig:
     """Optimizer steps of the whole run."""
     dtype: Precision = Precision.bf16
     """What the model computes in."""
+    recompute: Recompute = Recompute.none
+    """What blocks compute again in backward instead of keeping it."""
     deterministic: bool = False
     """Only kernels that give the same bits every time."""
     device: Device = Device.auto
@@ -206,6 +208,11 @@ class RunConfig:
             raise ConfigError(
                 f"parallel.zero_stage=3 with parallel.schedule={schedule} gives wrong gradients in FSDP2; "
                 "use zero_stage 1 or 2, or schedule 1f1b or interleaved"
+            )
+        if schedule in SPLIT_BACKWARD and self.train.recompute is not Recompute.none:
+            raise ConfigError(
+                f"train.recompute={self.train.recompute} with parallel.schedule={schedule} would recompute "
+                "up to four times; it must be none; use train.recompute=none, or schedule 1f1b or interleaved"
             )
         if schedule in SPLIT_BACKWARD and dp * axes.cp == 1 and axes.ep * axes.etp < axes.tp:
             raise ConfigError(

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel.config import Offload
 from parallel.placement import Shard
+from parallel.zero import build_cpu_adam
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled decay; norm weights have none."""
+    offload: Offload = Offload.none
+    """cpu: masters, moments and the step in host memory, by DeepSpeed's CPU Adam."""
     max_grad_norm: float = 1.0
     """Gradients with a larger norm are scaled down to it."""
 
@@ -52,13 +56,17 @@ def build_optimizer(shards: Sequence[Shard], cfg: OptimizerConfig) -> torch.opti
         {"params": [s.master for s in shards if len(s.shape) > 1], "weight_decay": cfg.weight_decay},
         {"params": [s.master for s in shards if len(s.shape) == 1], "weight_decay": 0.0},
     ]
+    optimizer: torch.optim.Optimizer
     options: dict[str, Any] = {"lr": cfg.lr, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}
     reason = _why_not_apex(shards[0].master.device)
-    if reason is None:
+    if cfg.offload is Offload.cpu:
+        log.info("optimizer: DeepSpeed CPU Adam (optimizer.offload=cpu)")
+        optimizer = build_cpu_adam(groups, **options)
+    elif reason is None:
         from apex.optimizers import FusedAdam
 
         log.info("optimizer: apex FusedAdam")
-        optimizer: torch.optim.Optimizer = FusedAdam(groups, adam_w_mode=True, **options)
+        optimizer = FusedAdam(groups, adam_w_mode=True, **options)
     else:
         log.info("optimizer: torch fused AdamW (%s)", reason)
         optimizer = torch.optim.AdamW(groups, fused=True, **options)
@@ -92,9 +100,11 @@ def moments(optimizer: torch.optim.Optimizer, shards: Sequence[Shard]) -> dict[s
 
 def set_step(optimizer: torch.optim.Optimizer, shards: Sequence[Shard], step: int) -> None:
     """Set the number of optimizer steps that the moments have seen."""
-    if isinstance(optimizer, torch.optim.AdamW):
-        for shard in shards:
-            optimizer.state[shard.master]["step"] = torch.tensor(float(step), device=shard.master.device)
-    else:
+    if type(optimizer).__name__ == "FusedAdam":  # apex counts by group, the others by tensor
         for group in optimizer.param_groups:
-            group["step"] = step  # apex counts by group
+            group["step"] = step
+        return
+    is_torch = isinstance(optimizer, torch.optim.AdamW)
+    for shard in shards:
+        count = torch.tensor(float(step), device=shard.master.device) if is_torch else step
+        optimizer.state[shard.master]["step"] = count

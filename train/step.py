@@ -43,7 +43,7 @@ def train_step(run: Run, batches: Sequence[Batch]) -> StepResult:
     loss = run.engine.forward_backward(local_batches(run, batches), targets, aux_weight)
     loss /= run.mesh.tp.size  # every tp rank has the same losses
     collect_gradients(run.shards, run.mesh.tp)
-    squares = square_sum(run.shards)
+    squares = square_sum(run.shards).to(run.mesh.device)
     sums = all_reduce_sum(torch.stack([loss, squares, squares.new_tensor(run.stop.is_set)]), run.mesh.world)
     loss_sum, square, stops = sums.tolist()  # the one host read of a step
     grad_norm = math.sqrt(square)

@@ -240,7 +240,8 @@ def test_aux_loss_joins_the_gradient_and_counts_choices() -> None:
     """The gradient of aux_weight * (sum of the aux losses) reaches the gates; load counts all choices."""
     cfg = ModelConfig(**SMALL)
     model = initialised(cfg).double()
-    tokens = torch.randint(97, (3, 20), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    tokens = torch.randint(97, (3, 20))
     offsets = torch.tensor([[0, 20]] * 3, dtype=torch.int32)
     gate = model.blocks["3"].moe.router.gate.weight
 

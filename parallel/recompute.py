@@ -1,0 +1,63 @@
+"""Activation recomputation: backward runs a block's forward pass again instead of keeping its tensors.
+
+`selective` carries over what attention would compute or communicate again: its (o, log-sum-exp) and the
+lightning states that enter each chunk. Router statistics are counted once.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from model.attention import SoftmaxAttention, SoftmaxCore
+from model.transformer import Block, Transformer
+from parallel.config import Recompute
+from parallel.context import PrefixStateCore
+from parallel.mesh import Axis
+from parallel.ring import Kept, RingCore
+
+
+def apply_recompute(model: Transformer, cp: Axis, mode: Recompute) -> None:
+    """Replace the forward pass of every block, after context parallelism chose the cores."""
+    if mode is Recompute.none:
+        return
+    for block in model.blocks.values():
+        assert isinstance(block, Block)
+        mixer = block.mixer
+        is_local = isinstance(mixer, SoftmaxAttention) and isinstance(mixer.core, SoftmaxCore)
+        if mode is Recompute.selective and is_local:
+            mixer.core = RingCore(cp)  # on one rank, too: it can take over (o, log-sum-exp)
+        block.forward = _Recomputed(block, keeps=mode is Recompute.selective)  # type: ignore[assignment, method-assign]
+
+
+class _Recomputed:
+    """Forward pass of a block that keeps its input and, if `keeps`, what the core hands over."""
+
+    def __init__(self, block: Block, *, keeps: bool) -> None:
+        self.inner, self.router = block.forward, block.moe.router
+        core = block.mixer.core
+        self.core = core if keeps and isinstance(core, RingCore | PrefixStateCore) else None
+
+    def __call__(self, x: Tensor, *arguments: Any) -> Tensor:
+        if not x.requires_grad:
+            return self.inner(x, *arguments)
+        return checkpoint(_Pass(self), x, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+class _Pass:
+    """Both passes of one call: the first is counted and fills `kept`, the second takes it over."""
+
+    def __init__(self, owner: _Recomputed) -> None:
+        self.owner, self.kept, self.is_first = owner, Kept(), True
+
+    def __call__(self, x: Tensor, *arguments: Any) -> Tensor:
+        owner = self.owner
+        owner.router.is_recording = self.is_first
+        if owner.core is not None:
+            owner.core.kept = self.kept
+        try:
+            return owner.inner(x, *arguments)
+        finally:
+            self.is_first, owner.router.is_recording = False, True
+            if owner.core is not None:
+                owner.core.kept = None

@@ -1,0 +1,181 @@
+"""Recomputation and offload: the same numbers, fewer collectives than twice, counted once."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from model.config import ModelConfig
+from parallel.apply import build_parts, parallelize
+from parallel.collectives import all_reduce_sum
+from parallel.config import Offload, ParallelConfig, Recompute
+from parallel.context import zigzag
+from parallel.mesh import Mesh, init_mesh, one_process
+from parallel.pipeline import MicroBatch, SingleStage
+from parallel.placement import Shard, collect_gradients, drop_gradients, publish
+from tests.dist import run_distributed
+from train.optimizer import OptimizerConfig, build_optimizer
+
+MODEL = ModelConfig(
+    num_layers=4,
+    hidden_size=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    rotary_dim=2,
+    vocab_size=64,
+    num_experts=4,
+    expert_ffn_size=8,
+    softmax_every=2,
+)
+ROWS, TOKENS = 4, 24
+OFFSETS = torch.tensor([[0, 5, 6, 20, TOKENS], [0, TOKENS, TOKENS, TOKENS, TOKENS]] * 2, dtype=torch.int32)
+Trained = tuple[list[float], dict[str, torch.Tensor], list[list[int]]]
+
+
+def train(
+    mesh: Mesh,
+    cfg: ParallelConfig,
+    *,
+    recompute: Recompute = Recompute.none,
+    offload: Offload = Offload.none,
+    dtype: torch.dtype = torch.float32,
+    steps: int = 2,
+) -> Trained:
+    """Losses, the last gradients by name, and the experts' load of a few steps of two micro-batches."""
+    parts = build_parts(MODEL, cfg, mesh, row_tokens=TOKENS)
+    shards = parallelize(parts, mesh, cfg, dtype=dtype, seed=3, recompute=recompute, offload=offload)
+    engine = SingleStage(parts[0], zero_stage=cfg.zero_stage)
+    optimizer = build_optimizer(shards, OptimizerConfig(lr=1e-2, eps=1e-6, offload=offload))
+    losses, gradients = [], {}
+    rows = slice(mesh.dp.rank * ROWS // mesh.dp.size, (mesh.dp.rank + 1) * ROWS // mesh.dp.size)
+    for step in range(steps):
+        ids = torch.randint(64, (2, ROWS, TOKENS), generator=torch.Generator().manual_seed(step))
+        batches = [
+            MicroBatch(zigzag(x[rows], mesh.cp), zigzag(x[rows].roll(-1, 1), mesh.cp), OFFSETS[rows])
+            for x in ids
+        ]
+        loss = engine.forward_backward(batches, torch.tensor(2.0 * ROWS * TOKENS), 0.05)
+        losses.append((all_reduce_sum(loss, mesh.world) / mesh.tp.size).item())
+        collect_gradients(shards, mesh.tp)
+        gradients = {shard.name: shard.master.grad.clone() for shard in shards}
+        optimizer.step()
+        publish(shards)
+        drop_gradients(shards)
+    check_memory(shards, offload)
+    return losses, gradients, [router.load.tolist() for router in parts[0].routers()]
+
+
+def check_memory(shards: list[Shard], offload: Offload) -> None:
+    if offload is Offload.cpu:
+        assert all(shard.master.device.type == "cpu" for shard in shards)
+
+
+def count_collectives(counts: dict[str, int]) -> None:
+    """Count what goes out from here on; only in a process that ends soon."""
+    for name in ("all_gather_into_tensor", "batch_isend_irecv"):
+        inner = getattr(dist, name)
+
+        def counted(*args, _inner=inner, _name=name, **kwargs):
+            counts[_name] += 1
+            return _inner(*args, **kwargs)
+
+        setattr(dist, name, counted)
+
+
+def compare_recompute(rank: int, layout: dict[str, int]) -> None:
+    """Bit-equal under `full`; within the contract under `selective`, whose attention sums otherwise."""
+    cfg = ParallelConfig(**layout)
+    mesh = init_mesh(cfg, "cpu")
+    plain = train(mesh, cfg)
+    for mode in (Recompute.full, Recompute.selective):
+        losses, gradients, load = train(mesh, cfg, recompute=mode)
+        assert load == plain[2]
+        if mode is Recompute.full:
+            assert losses == plain[0]
+            assert all(torch.equal(gradient, plain[1][name]) for name, gradient in gradients.items())
+            continue
+        assert losses == pytest.approx(plain[0], rel=1e-6)
+        largest = max(gradient.abs().max() for gradient in plain[1].values() if gradient.numel())
+        for name, expected in plain[1].items():
+            if expected.numel():
+                error = (gradients[name] - expected).abs().max() / max(expected.abs().max(), 1e-3 * largest)
+                assert error < 1e-4, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"zero_stage": 3}, {"cp": 2}, {"tp": 2, "ep": 2}, {"cp": 2, "ep": 2, "zero_stage": 3}],
+    ids=str,
+)
+def test_recompute_changes_no_number(layout: dict[str, int]) -> None:
+    run_distributed(compare_recompute, 2, layout)
+
+
+def count_under_recompute(rank: int) -> None:
+    """Only context parallelism communicates in this layout, apart from reductions."""
+    cfg = ParallelConfig(cp=2, ep=2)
+    mesh = init_mesh(cfg, "cpu")
+    counts = {"all_gather_into_tensor": 0, "batch_isend_irecv": 0}
+    count_collectives(counts)
+    seen = {}
+    for mode in Recompute:
+        for name in counts:
+            counts[name] = 0
+        train(mesh, cfg, recompute=mode, steps=1)
+        seen[mode] = dict(counts)
+    assert seen[Recompute.selective] == seen[Recompute.none]  # nothing is gathered twice
+    assert seen[Recompute.full]["all_gather_into_tensor"] > seen[Recompute.none]["all_gather_into_tensor"]
+    assert seen[Recompute.full]["batch_isend_irecv"] > seen[Recompute.none]["batch_isend_irecv"]
+
+
+def test_selective_recompute_gathers_nothing_twice() -> None:
+    run_distributed(count_under_recompute, 2)
+
+
+def test_recompute_keeps_less() -> None:
+    """Bytes that autograd keeps between forward and backward, in one process."""
+    kept = {}
+    for mode in Recompute:
+        mesh, cfg = one_process(torch.device("cpu")), ParallelConfig()
+        parts = build_parts(MODEL, cfg, mesh, row_tokens=TOKENS)
+        parallelize(parts, mesh, cfg, dtype=torch.float32, seed=3, recompute=mode)
+        ids = torch.randint(64, (ROWS, TOKENS))
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, s=sizes: s.append(x.nbytes) or x, lambda x: x
+        ):
+            losses = parts[0](ids, OFFSETS, targets=ids)
+        kept[mode] = sum(sizes)
+        assert losses.requires_grad
+    assert kept[Recompute.full] <= kept[Recompute.selective] < 0.3 * kept[Recompute.none]
+
+
+def compare_offload(rank: int, layout: dict[str, int]) -> None:
+    cfg = ParallelConfig(**layout)
+    mesh = init_mesh(cfg, "cpu")
+    plain, offloaded = train(mesh, cfg, steps=3), train(mesh, cfg, offload=Offload.cpu, steps=3)
+    assert offloaded[0] == pytest.approx(plain[0], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, {"tp": 2, "zero_stage": 2}, {"cp": 2, "ep": 2, "zero_stage": 3}], ids=str
+)
+def test_offloaded_optimizer_gives_the_same_losses(layout: dict[str, int]) -> None:
+    build_optimizer_extension()
+    run_distributed(compare_offload, 2, layout)
+
+
+def build_optimizer_extension() -> None:
+    """Compile DeepSpeed's extension once, before several processes want it."""
+    mesh = one_process(torch.device("cpu"))
+    losses, _, _ = train(mesh, ParallelConfig(), offload=Offload.cpu, dtype=torch.bfloat16)
+    assert losses[1] != losses[0]
+
+
+def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be built is refused with the remedy, not replaced."""
+    monkeypatch.setitem(__import__("sys").modules, "deepspeed.ops.adam", None)
+    with pytest.raises(
+        RuntimeError, match=r"optimizer\.offload=cpu needs deepspeed.*set optimizer\.offload=none"
+    ):
+        train(one_process(torch.device("cpu")), ParallelConfig(), offload=Offload.cpu)
