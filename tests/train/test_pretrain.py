@@ -149,6 +149,30 @@ def test_same_losses_on_any_number_of_processes(
     assert len(list((tmp_path / "checkpoints/step-20").glob("rank-*.safetensors"))) == processes
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallel.tp=2", "parallel.ep=2"],
+        ["parallel.cp=2", "parallel.zero_stage=3", "train.recompute=selective"],
+        ["parallel.pp=2", "parallel.schedule=zbv"],
+    ],
+    ids=" ".join,
+)
+def test_layouts_resume_each_other(layout: list[str], base: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """From one process's step 10 to step 20 on two ranks: the losses of the uninterrupted run."""
+    run_dir, overrides = base
+    shutil.copytree(run_dir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-20")
+    pretrain(*overrides, *layout, f"run_dir={tmp_path}/run", processes=2)
+    np.testing.assert_allclose(column(tmp_path / "run", "loss"), column(run_dir, "loss"), rtol=1e-5)
+    np.testing.assert_allclose(column(tmp_path / "run", "grad_norm"), column(run_dir, "grad_norm"), rtol=1e-5)
+    held_out = [lines(path)[-1]["eval_loss"] for path in (tmp_path / "run", run_dir)]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-6)
+    assert [line["load"] for line in lines(tmp_path / "run", "experts")] == [
+        line["load"] for line in lines(run_dir, "experts")
+    ]
+
+
 def test_resumed_run_is_bitwise_the_uninterrupted_one(base: tuple[Path, list[str]], tmp_path: Path) -> None:
     """Crash after step 13, checkpoint at 10: later lines and a torn one go, then all bits are the same."""
     run_dir, overrides = base
