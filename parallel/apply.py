@@ -59,7 +59,7 @@ def parallelize(
     shards = []
     for model in parts:
         placements = apply_tensor(model, mesh.tp) | apply_expert(model, mesh)
-        apply_context(model, mesh.cp)
+        apply_context(model, mesh.cp, exchange=cfg.cp_state_exchange)
         if mesh.stage.size > 1:
             for router in model.routers():
                 router.pool = PoolOverRanks(mesh.stage)

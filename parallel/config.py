@@ -12,6 +12,15 @@ class Offload(StrEnum):
     cpu = "cpu"
 
 
+class StateExchange(StrEnum):
+    """How lightning states pass between chunks."""
+
+    allgather = "allgather"
+    """One all-gather, hidden behind the gate's GEMM; holds the states of all chunks."""
+    scan = "scan"
+    """From chunk to chunk by send and receive, 2 cp - 2 messages one after the other; holds one state."""
+
+
 class Recompute(StrEnum):
     """What a block's forward pass keeps for backward."""
 
@@ -73,6 +82,8 @@ class ParallelConfig:
     """Ranks that share an expert's ffn (expert tensor parallel)."""
     schedule: Schedule = Schedule["1f1b"]
     """Pipeline schedule; all but 1f1b put two stages on each rank."""
+    cp_state_exchange: StateExchange = StateExchange.allgather
+    """How lightning states pass between the chunks of a row under context parallelism."""
     zero_stage: int = 1
     """1: gradients reduced once a step; 2: after every micro-batch; 3: parameters, too, kept sharded."""
 
@@ -83,7 +94,9 @@ class ParallelConfig:
             if degree < 1:
                 raise ValueError(f"parallel.{axis}={degree} must be at least 1")
         if self.zero_stage not in (1, 2, 3):
-            raise ValueError(f"parallel.zero_stage={self.zero_stage} must be 1, 2 or 3")
+            raise ValueError(
+                f"parallel.zero_stage={self.zero_stage} must be 1, 2 or 3; use 1 unless memory is short"
+            )
 
     def dp(self, world_size: int) -> int:
         """Data-parallel degree of the dense grid: world_size / (pp cp tp).

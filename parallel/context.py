@@ -5,7 +5,6 @@ LASP+ (MiniMax-01, arXiv 2501.08313) with documents and fixed decay.
 """
 
 from collections.abc import Callable
-from enum import StrEnum
 from typing import Any
 
 import torch
@@ -18,17 +17,9 @@ from model.attention import SoftmaxAttention, SoftmaxCore
 from model.lightning import LightningAttention, LightningCore
 from model.transformer import Transformer
 from parallel.collectives import barrier
+from parallel.config import StateExchange
 from parallel.mesh import Axis
 from parallel.ring import Kept, RingCore, by_chunk, from_chunks, owned_chunks
-
-
-class StateExchange(StrEnum):
-    """How lightning states pass between chunks."""
-
-    allgather = "allgather"
-    """One all-gather, hidden behind the gate's GEMM; holds the states of all chunks."""
-    scan = "scan"
-    """From chunk to chunk by send and receive, 2 cp - 2 messages one after the other; holds one state."""
 
 
 def apply_context(model: Transformer, cp: Axis, *, exchange: StateExchange = StateExchange.allgather) -> None:

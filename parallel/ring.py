@@ -100,8 +100,9 @@ class RingCore(nn.Module):
         """
         if self.cp.group is None and self.kept is None:
             return softmax_attention(q, k, v, documents), filler()
+        ids = by_chunk(documents.ids)  # refuses odd lengths before anything is sent
         ring = _Ring(self, documents.offsets.tolist(), q.shape[1] // 2)
-        return _RingAttention.apply(q, k, v, documents.ids, ring, self.kept), filler()
+        return _RingAttention.apply(q, k, v, ids, ring, self.kept), filler()
 
 
 class _Ring:
@@ -246,8 +247,7 @@ def _ring_forward(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, ring: _Ring) -> 
 
 
 def _seen(ids: Tensor) -> Tensor:
-    """[rows * 2, n, n] causal mask inside documents and chunks, of [rows, tokens/cp] document numbers."""
-    ids = by_chunk(ids)
+    """[rows * 2, n, n] causal mask inside documents and chunks, of [rows * 2, n] document numbers."""
     return (ids[:, :, None] == ids[:, None]).tril()
 
 

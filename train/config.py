@@ -180,7 +180,7 @@ class RunConfig:
                 f"parallel.tp={axes.tp} must divide model.num_kv_heads={model.num_kv_heads} "
                 "or be a multiple of it"
             )
-        if axes.cp > 1:
+        if axes.cp > 1 or self.train.recompute is Recompute.selective:  # both halve a rank's part of a row
             require_divisor("2 * parallel.cp", 2 * axes.cp, "batch.row_tokens", batch.row_tokens)
         tokens = batch.row_tokens // axes.cp
         require_divisor("parallel.tp", axes.tp, "batch.row_tokens / parallel.cp", tokens)

@@ -12,15 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.documents import Documents, locate_documents
-from kernels.reference import lightning_attention, softmax_attention
+from kernels.reference import attention_part, attention_part_backward, lightning_attention, softmax_attention
 from model.config import ModelConfig
 from model.init import init_slice
 from model.lightning import LightningCore
 from model.transformer import Transformer
 from parallel.collectives import PoolOverRanks, all_reduce_sum
-from parallel.context import PrefixStateCore, StateExchange, ZigzagLocator, apply_context, zigzag
+from parallel.config import StateExchange
+from parallel.context import PrefixStateCore, ZigzagLocator, apply_context, zigzag
 from parallel.mesh import Axis
-from parallel.ring import RingCore, find_crossings  # RINGHERE
+from parallel.ring import RingCore, find_crossings
 from tests.dist import run_distributed
 
 CHUNK = 7
@@ -291,19 +292,18 @@ def check_transfers_before_compute(rank: int, size: int) -> None:
     q, k, v = (torch.randn(1, 2 * CHUNK, 1, 6, requires_grad=True) for _ in range(3))
     documents = ZigzagLocator(cp)(padded([[0]], 2 * size * CHUNK), 2 * CHUNK)
     with (
-        mock.patch.object(dist, "batch_isend_irecv", recorded("post", dist.batch_isend_irecv)),
-        mock.patch.object(ring, "attention_part", recorded("part", ring.attention_part)),
-        mock.patch.object(ring, "attention_part_backward", recorded("part", ring.attention_part_backward)),
+        mock.patch.object(dist, "batch_isend_irecv", recorded("P", dist.batch_isend_irecv)),
+        mock.patch("parallel.ring.attention_part", recorded("c", attention_part)),
+        mock.patch("parallel.ring.attention_part_backward", recorded("c", attention_part_backward)),
     ):
         o, _ = RingCore(cp)(q, k, v, documents, filler=lambda: None)
-        forward = "".join("P" if event == "post" else "c" for event in events)
+        forward = "".join(events)
         events.clear()
         o.sum().backward()
-        backward = "".join("P" if event == "post" else "c" for event in events)
-    # Own pairs first (two diagonals at once, one rectangle), then the source's two chunks: 2 rectangles a step.
+    # Own pairs first (both diagonals at once, one rectangle), then 2 rectangles with each other rank.
     assert forward == "Pcc" + "Pcc" * (size - 2) + "cc"
     # Behind each later step's compute, the gradients of its keys go back.
-    assert backward == "Pcc" + "PccP" * (size - 2) + "ccP"
+    assert "".join(events) == "Pcc" + "PccP" * (size - 2) + "ccP"
 
 
 def test_transfers_are_posted_before_compute() -> None:

@@ -145,6 +145,14 @@ def test_a_file_with_header_and_name_keeps_them(tmp_path: Path) -> None:
             "2 * parallel.cp=4 must divide batch.row_tokens=126",
         ),
         (
+            ["conf=debug", "train.recompute=selective", "batch.row_tokens=127", "batch.global_tokens=1016"],
+            "2 * parallel.cp=2 must divide batch.row_tokens=127",
+        ),
+        (
+            ["conf=debug", "parallel.pp=2", "parallel.schedule=zbv", "train.recompute=full"],
+            "train.recompute=full with parallel.schedule=zbv would recompute up to four times",
+        ),
+        (
             ["conf=debug", "parallel.pp=2", "parallel.schedule=zigzag"],
             "Invalid value 'zigzag', expected one of",
         ),
