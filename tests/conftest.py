@@ -1,6 +1,7 @@
 """What all tests share: threads, and a corpus that is the same on every machine."""
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,3 +31,20 @@ def license_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for text in texts:
             writer.add(np.array([*tokenizer.encode(text).ids, end]))
     return prefix
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many random layouts tests/parallel/test_layout_fuzz.py tries, and which."""
+    group = parser.getgroup("layouts")
+    group.addoption("--layouts", type=int, default=12, help="random layouts to try")
+    group.addoption("--layout-seed", type=int, default=0, help="seed that they are drawn from")
+    group.addoption("--layout-case", type=int, default=None, help="try this one of them only")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The random layouts' counts, where they ran."""
+    module = sys.modules.get("tests.parallel.test_layout_fuzz")
+    lines = getattr(module, "SUMMARY", [])
+    if lines:
+        terminalreporter.section("layout fuzz")
+        terminalreporter.write("\n".join([*lines, ""]))

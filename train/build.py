@@ -138,6 +138,8 @@ def build_engine(
     """What runs forward and backward for batches of the configured size."""
     if mesh.pp.size == 1:
         return SingleStage(parts[0], zero_stage=cfg.parallel.zero_stage)
+    if cfg.parallel.zero_stage == 2:
+        log.info("parallel.zero_stage=2 works as 1 with pp > 1: a pipeline reduces gradients once a step")
     return Pipeline(
         parts,
         mesh,

@@ -1,0 +1,47 @@
+"""A rank that dies takes the job with it, soon, and the launcher says which one it was."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from tests.train.test_pretrain import ROOT, command
+
+
+def workers(launcher: int) -> dict[int, int]:
+    """Process ids of the launcher's children by their rank."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    found = {}
+    for child in children:
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks = [int(entry[5:]) for entry in variables if entry.startswith(b"RANK=")]
+        found |= {rank: int(child) for rank in ranks}
+    return found
+
+
+def test_a_killed_rank_ends_the_job(license_corpus: Path, tmp_path: Path) -> None:
+    overrides = ["conf=debug", f"data.sources=[{{path: {license_corpus}}}]", "train.steps=100000"]
+    said, metrics = tmp_path / "said.txt", tmp_path / "run/metrics.jsonl"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with said.open("w") as file:
+        job = subprocess.Popen(
+            command(*overrides, f"run_dir={tmp_path}/run", processes=2),
+            cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 90
+        while not metrics.exists() or metrics.read_text().count("\n") < 3:
+            assert job.poll() is None and time.monotonic() < deadline, said.read_text()
+            time.sleep(0.1)
+        victim = workers(job.pid)[1]
+        os.kill(victim, signal.SIGKILL)
+        assert job.wait(30) != 0
+    finally:
+        job.kill()
+    text = said.read_text()
+    cause = text[text.index("Root Cause") :]
+    assert re.search(r"rank\s*: 1 \(local_rank: 1\)", cause), text
+    assert f"Signal 9 (SIGKILL) received by PID {victim}" in cause
+    assert not (tmp_path / "run/DONE").exists()
