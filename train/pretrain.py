@@ -39,6 +39,7 @@ def main(composed: DictConfig) -> None:
     try:
         cfg = load_config(composed)
     except ConfigError as error:
+        write_sentinel(Path(composed.run_dir), Ending.FAILED, code=2, step=None, reason=str(error))
         refuse(str(error), 2)
     sys.exit(record(run_to_end)(cfg, OmegaConf.to_yaml(composed, resolve=True)))
 

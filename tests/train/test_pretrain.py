@@ -325,6 +325,7 @@ def broken_corpus(source: Path, target: Path, change: str) -> None:
         (["train.device=cuda"], "train.device=cuda", 2),
         (["checkpoint.resume=must"], "checkpoint.resume=must", 3),
         (["batch.global_tokens=1000"], "batch.global_tokens=1000", 2),
+        (["parallel.tp=0"], "parallel.tp=0 must be at least 1", 2),
     ],
 )
 def test_wrong_inputs_end_with_one_line(
