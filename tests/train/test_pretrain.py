@@ -265,14 +265,15 @@ def test_non_finite_gradients_skip_one_step(base: tuple[Path, list[str]], tmp_pa
     """A NaN in one gradient at step 3 leaves weights, moments and update count alone."""
     code = (
         "import sys; sys.argv[0] = 'pretrain'\n"
-        "import train.step as step\n"
-        "inner = step.forward_backward\n"
-        "def poisoned(run, batches, targets):\n"
-        "    loss = inner(run, batches, targets)\n"
-        "    if run.progress.step == 2:\n"
-        "        run.shards[3].parameter.grad.view(-1)[0] = float('nan')\n"
+        "from parallel.pipeline import SingleStage\n"
+        "inner, calls = SingleStage.forward_backward, []\n"
+        "def poisoned(self, *arguments):\n"
+        "    loss = inner(self, *arguments)\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3:\n"
+        "        list(self.model.parameters())[3].grad.view(-1)[0] = float('nan')\n"
         "    return loss\n"
-        "step.forward_backward = poisoned\n"
+        "SingleStage.forward_backward = poisoned\n"
         "import runpy; runpy.run_path('train/pretrain.py', run_name='__main__')\n"
     )
     arguments = [
