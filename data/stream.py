@@ -1,9 +1,10 @@
-"""Endless shuffled token stream of one split of one dataset.
+"""Endless shuffled documents of one split of one dataset, and their tokens.
 
-Invariant: a token is a pure function of (dataset, split, seed, source, position), and each epoch visits every
-document of the split once. Raw Philox output and sorting are all it takes: no NumPy release may change those.
+Invariant: a token is a pure function of (dataset, split, seed, source, bucket, position), and each epoch
+visits every document once. Raw Philox output and sorting are all it takes: no NumPy release may change those.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -13,55 +14,72 @@ from data.dataset import TokenDataset
 
 
 class Span(NamedTuple):
-    """Consecutive tokens [tokens]; start and number of each document (or part of one) in them [documents]."""
+    """Consecutive tokens [tokens]; start and number of each document (or part of one) in them [documents].
+
+    `ends` are the places of tokens that are the last of their document.
+    """
 
     tokens: np.ndarray
     starts: np.ndarray
     documents: np.ndarray
+    ends: np.ndarray
+
+
+class DocumentOrder:
+    """Documents in training order, epoch after epoch, from their lengths alone; positions count tokens.
+
+    Args:
+        lengths: [all documents] int64, in tokens.
+        documents: [documents] numbers of those to visit, none empty.
+        key: what the order depends on: seed and source, and the bucket if there are any.
+    """
+
+    def __init__(self, lengths: np.ndarray, documents: np.ndarray, *, key: Sequence[int]) -> None:
+        self.lengths, self.documents = lengths, documents
+        self.epoch_tokens = int(lengths[documents].sum())
+        self._key = tuple(key)
+        self._epoch = lru_cache(maxsize=2)(self._shuffle)  # two, because a row may reach over an epoch's end
+
+    def find(self, position: int) -> tuple[int, int]:
+        """Return the document at a position, and its tokens from there on."""
+        epoch, offset = divmod(position, self.epoch_tokens)
+        order, ends = self._epoch(epoch)
+        place = ends.searchsorted(offset, side="right")
+        return int(order[place]), int(ends[place]) - offset
+
+    def index(self, position: int) -> int:
+        """Return how many documents end at or before a position."""
+        epoch, offset = divmod(position, self.epoch_tokens)
+        return epoch * len(self.documents) + int(self._epoch(epoch)[1].searchsorted(offset, side="right"))
+
+    def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the epoch's documents in order, and the tokens up to the end of each: [documents] int64."""
+        keys = np.random.Philox(np.random.SeedSequence([*self._key, epoch])).random_raw(len(self.documents))
+        order = self.documents[np.argsort(keys, kind="stable")]
+        return order, np.cumsum(self.lengths[order])
 
 
 class TokenStream:
-    """Random access to the tokens of one split, in training order."""
+    """Random access to the tokens of a dataset in a given order of its documents."""
 
-    def __init__(
-        self, dataset: TokenDataset, *, split: str, eval_fraction: float, seed: int, source: int
-    ) -> None:
-        self.dataset = dataset
-        self._documents = split_documents(dataset.document_lengths, split=split, eval_fraction=eval_fraction)
-        if not len(self._documents):
-            raise ValueError(
-                f"{dataset.prefix}: the {split} split is empty ({dataset.num_documents} documents, "
-                f"{dataset.num_tokens} tokens, data.eval_fraction={eval_fraction:g}); "
-                "eval needs data.eval_fraction > 0 and two documents with tokens, train one"
-            )
-        self._key = (seed, source)
-        self._epoch_tokens = int(dataset.document_lengths[self._documents].sum())
-        self._epoch = lru_cache(maxsize=2)(
-            self._shuffle
-        )  # two, because a row may reach over the end of an epoch
+    def __init__(self, dataset: TokenDataset, order: DocumentOrder) -> None:
+        self.dataset, self.order = dataset, order
 
     def read(self, position: int, *, count: int) -> Span:
         """Return `count` tokens from stream position `position` on."""
         tokens = np.empty(count, np.int64)
-        starts, documents = [], []
+        starts, documents, ends = [], [], []
         filled = 0
         while filled < count:
-            epoch, offset = divmod(position + filled, self._epoch_tokens)
-            order, ends = self._epoch(epoch)
-            place = np.searchsorted(ends, offset, side="right")
-            document, rest = int(order[place]), int(ends[place]) - offset
+            document, rest = self.order.find(position + filled)
             part = tokens[filled : filled + rest]
-            self.dataset.read(document, int(self.dataset.document_lengths[document]) - rest, part)
+            self.dataset.read(document, int(self.order.lengths[document]) - rest, part)
             starts.append(filled)
             documents.append(document)
             filled += len(part)
-        return Span(tokens, np.array(starts), np.array(documents))
-
-    def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the epoch's documents in order, and the tokens up to the end of each: [documents] int64."""
-        keys = np.random.Philox(np.random.SeedSequence([*self._key, epoch])).random_raw(len(self._documents))
-        order = self._documents[np.argsort(keys, kind="stable")]
-        return order, np.cumsum(self.dataset.document_lengths[order])
+            if len(part) == rest:
+                ends.append(filled - 1)
+        return Span(tokens, np.array(starts), np.array(documents), np.array(ends, np.int64))
 
 
 def split_documents(lengths: np.ndarray, *, split: str, eval_fraction: float) -> np.ndarray:

@@ -7,18 +7,27 @@ from torch import Tensor
 
 
 class Sorting(NamedTuple):
-    """A stable order of choices by a key, such as their expert."""
+    """A stable order of choices by a key, such as their expert; the last ones may be left out."""
 
     order: Tensor
-    """[choices]: choice number at each place."""
+    """[kept]: choice number (token * top_k + slot) at each place."""
     inverse: Tensor
-    """[choices]: place of each choice."""
+    """[choices]: place of each choice; kept or more: it has none."""
     ends: Tensor
     """[keys] int32, where each key's choices end."""
 
+    @property
+    def counts(self) -> Tensor:
+        """[keys] int64: choices of each key."""
+        return self.ends.long().diff(prepend=self.ends.new_zeros(1).long())
+
+    def keep(self, count: int) -> "Sorting":
+        """The same without the choices from place `count` on."""
+        return self._replace(order=self.order[:count])
+
 
 def sort_choices(keys: Tensor, num_keys: int) -> Sorting:
-    """Sort choices by integer keys below num_keys, with no host synchronisation.
+    """Sort choices by integer keys, with no host synchronisation; keys from num_keys on come last, uncounted.
 
     Args:
         keys: [choices] int64.
@@ -29,37 +38,38 @@ def sort_choices(keys: Tensor, num_keys: int) -> Sorting:
     return Sorting(order, inverse, torch.searchsorted(ordered, every_key, right=True, out_int32=True))
 
 
-def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """Copy each token once for every one of its choices, in the order of the choices.
+def permute(x: Tensor, sorting: Sorting) -> Tensor:
+    """Copy each token once for every one of its kept choices, in the order of the choices.
 
     Args:
-        x: [tokens, hidden].
-        order: [tokens * top_k], choice number (token * top_k + slot) at each place.
-        inverse: [tokens * top_k], place of each choice.
+        x: [tokens, hidden], or [tokens * top_k, hidden]: a row for each choice.
 
     Returns:
-        [tokens * top_k, hidden].
+        [kept, hidden].
     """
-    return _Permute.apply(x, order, inverse)
+    return _Permute.apply(x, sorting.order, sorting.inverse)
 
 
-def unpermute(y: Tensor, order: Tensor, inverse: Tensor, tokens: int) -> Tensor:
-    """Sum the rows of each token's choices: the transpose of `permute`.
+def unpermute(y: Tensor, sorting: Sorting, tokens: int) -> Tensor:
+    """Sum the rows of each token's kept choices: the transpose of `permute`.
 
     Args:
-        y: [tokens * top_k, hidden].
+        y: [kept, hidden].
 
     Returns:
         [tokens, hidden].
     """
-    return _Unpermute.apply(y, order, inverse, tokens)
+    return _Unpermute.apply(y, sorting.order, sorting.inverse, tokens)
 
 
-def _gather(x: Tensor, order: Tensor) -> Tensor:
-    return x[order // (order.numel() // max(1, x.shape[0]))]
+def _gather(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    return x[order // (inverse.numel() // max(1, x.shape[0]))]
 
 
 def _sum(y: Tensor, inverse: Tensor, tokens: int) -> Tensor:
+    if len(y) < len(inverse):  # what was left out adds a row of zeros
+        y = torch.cat([y, y.new_zeros(1, *y.shape[1:])])
+        inverse = inverse.clamp(max=len(y) - 1)
     return y[inverse].unflatten(0, (tokens, inverse.numel() // max(1, tokens))).sum(1)
 
 
@@ -70,7 +80,7 @@ class _Permute(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.tokens = x.shape[0]
-        return _gather(x, order)
+        return _gather(x, order, inverse)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -82,9 +92,9 @@ class _Unpermute(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor, tokens: int) -> Tensor:
-        ctx.save_for_backward(order)
+        ctx.save_for_backward(order, inverse)
         return _sum(y, inverse, tokens)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _gather(grads[0], ctx.saved_tensors[0]), None, None, None
+        return _gather(grads[0], *ctx.saved_tensors), None, None, None

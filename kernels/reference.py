@@ -167,9 +167,9 @@ def lightning_attention(
     if initial_state is None:
         initial_state = torch.zeros_like(q[:, 0, :, :1] * k[:, 0, :, :1].transpose(-1, -2))
     states = [initial_state.to(q.dtype)]
-    ends = (k * to_right).transpose(-1, -2) @ v
-    for c in range(q.shape[1] - 1):
-        states.append(ends[:, c] + through[:, c] * states[-1])
+    ends = ((k * to_right).transpose(-1, -2) @ v)[:, :-1]
+    for end, factor in zip(ends.unbind(1), through[:, :-1].unbind(1), strict=True):
+        states.append(end + factor * states[-1])
     o = ((q @ k.transpose(-1, -2)) * inside) @ v + (q * to_left) @ torch.stack(states, 1)
     return o.transpose(2, 3).flatten(1, 2)[:, :tokens].to(dtype)
 

@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from kernels.documents import Documents
-from kernels.reference import apply_rotary, softmax_attention
+from kernels.reference import apply_rotary
+from kernels.softmax_attention import softmax_attention
 from model.config import ModelConfig
 from model.layers import linear
 

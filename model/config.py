@@ -1,5 +1,6 @@
 """What a model is: its sizes and the constants of its formulas."""
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -98,14 +99,117 @@ class ModelConfig:
         return (2 * self.num_layers) ** 0.25 if self.residual_alpha is None else self.residual_alpha
 
 
+Scope = StrEnum("Scope", {"local": "local", "global": "global"})
+"""Which tokens share an expert's capacity: those of one EP group, or of all (MiniMax-01's global router)."""
+
+
+class AuxScope(StrEnum):
+    """Over which tokens the aux loss counts choices."""
+
+    micro_batch = "micro_batch"
+    global_batch = "global_batch"
+    """Those of the step so far, its probabilities those of the micro-batch."""
+
+
+class AuxNormalisation(StrEnum):
+    """Factor of the sum over experts of (share of choices) * (mean probability)."""
+
+    switch = "switch"
+    """experts: 1 at balance (Switch, Megatron)."""
+    paper = "paper"
+    """1 / experts, as MiniMax-01 prints it: 1 / experts^2 at balance."""
+
+
+class Balancing(StrEnum):
+    """What keeps experts equally loaded."""
+
+    aux_loss = "aux_loss"
+    """A loss on the gate."""
+    bias = "bias"
+    """A bias on the choice alone, moved after each step; no gradient (arXiv 2408.15664)."""
+
+
+class Renormalise(StrEnum):
+    """Which of a token's choices share a weight of 1."""
+
+    before_drop = "before_drop"
+    """All top-k: a dropped one's weight is lost."""
+    after_drop = "after_drop"
+    """Those that were admitted."""
+
+
 @dataclass(kw_only=True)
 class RouterConfig:
     """How tokens find their experts."""
 
+    capacity_factor: float | None = None
+    """Choices an expert may get, relative to an equal share; null = dropless. Evaluation drops nothing."""
+    scope: Scope = Scope["global"]
+    """Which tokens share the capacity; `local` depends on the layout and is there to compare with."""
+    pool_groups: int | None = None
+    """EP groups that share the capacity under scope global; null = all, else the layout matters."""
+    renormalise: Renormalise = Renormalise.before_drop
+    """Which of a token's choices share a weight of 1."""
     aux_loss_coefficient: float = 0.01
     """Weight of the load-balancing loss in the training loss."""
+    aux_scope: AuxScope = AuxScope.micro_batch
+    """Over which tokens it counts choices."""
+    aux_normalisation: AuxNormalisation = AuxNormalisation.switch
+    """Its scale."""
+    z_loss_coefficient: float = 0.0
+    """Weight of the mean square of the gate's log-sum-exp."""
+    balancing: Balancing = Balancing.aux_loss
+    """aux_loss, or bias: then the aux loss is a metric only."""
+    bias_update_rate: float = 0.001
+    """How far a step moves an expert's bias."""
+    jitter: float = 0.0
+    """The gate's input is multiplied by 1 +- up to this in training."""
+    force: str = "none"
+    """For benchmarks: `balanced`, or `skewed:ALPHA` (Zipf), chooses the experts instead of the gate."""
 
     def __post_init__(self) -> None:
-        """Refuse a negative weight."""
-        if self.aux_loss_coefficient < 0:
-            raise ValueError(f"router.aux_loss_coefficient={self.aux_loss_coefficient} must be >= 0")
+        """Check each value by itself."""
+        if self.capacity_factor is not None and not 1e-6 <= self.capacity_factor <= 1e6:
+            raise ValueError(
+                f"router.capacity_factor={self.capacity_factor} must lie in [1e-6, 1e6]; null = dropless"
+            )
+        if self.pool_groups is not None and (self.pool_groups < 1 or self.scope is Scope["local"]):
+            raise ValueError(
+                f"router.pool_groups={self.pool_groups} must be at least 1 and needs router.scope=global; "
+                "use null for all EP groups"
+            )
+        for key in ("aux_loss_coefficient", "z_loss_coefficient", "bias_update_rate"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"router.{key}={getattr(self, key)} must be >= 0")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"router.jitter={self.jitter} must be >= 0 and below 1")
+        kind, _, alpha = self.force.partition(":")
+        try:
+            is_skew = kind == "skewed" and 0 <= float(alpha) < math.inf
+        except ValueError:
+            is_skew = False
+        if not is_skew and self.force not in ("none", "balanced"):
+            raise ValueError(
+                f"router.force={self.force} must be none, balanced or skewed:ALPHA with ALPHA >= 0"
+            )
+
+    @property
+    def skew(self) -> float | None:
+        """ALPHA of force=skewed:ALPHA."""
+        kind, _, alpha = self.force.partition(":")
+        return float(alpha) if kind == "skewed" else None
+
+    def groups_in_pool(self, edp: int) -> int:
+        """How many of edp EP groups share their capacity; 1 where choices never leave their group.
+
+        Raises:
+            ValueError: pool_groups does not divide edp.
+        """
+        if self.capacity_factor is None or self.scope is Scope["local"]:
+            return 1
+        if self.pool_groups is not None and edp % self.pool_groups:
+            legal = [n for n in range(1, edp + 1) if edp % n == 0]
+            raise ValueError(
+                f"router.pool_groups={self.pool_groups} must divide the EP groups, edp={edp}; use {legal}"
+            )
+        return self.pool_groups or edp

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.hashing import mix
 
 CHUNK = 2**22
 """Values made at once: bounds the temporary memory."""
@@ -74,20 +75,7 @@ def _fill(out: Tensor, key: str, shape: Sequence[int], offset: Sequence[int], se
 
 def _normal(index: Tensor, keys: list[int]) -> Tensor:
     """Box-Muller on 2 x 32 hashed bits of each index; in fp64, which hides the device's libm."""
-    bits = _mix(_mix(index + keys[0]) ^ keys[1])
+    bits = mix(mix(index + keys[0]) ^ keys[1])
     low = (bits & 0xFFFFFFFF).double()
     high = ((bits >> 32) & 0xFFFFFFFF).double()
     return torch.sqrt(-2 * torch.log((high + 0.5) / 2**32)) * torch.cos(2 * math.pi / 2**32 * low)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64 (Steele, Lea, Flood 2014) on wrapping int64."""
-    x = x * -7046029254386353131  # 0x9E3779B97F4A7C15, the golden ratio
-    x = (x ^ _shift(x, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    x = (x ^ _shift(x, 27)) * -7723592293110705685  # 0x94D049BB133111EB
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift: int64's own drags the sign along."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,8 +1,9 @@
-"""Mixture of experts: fp32 router, dispatch, SwiGLU experts, combine.
+"""Mixture of experts: fp32 router, admission by capacity, SwiGLU experts.
 
 `router.pool` and `dispatcher` are the places where a parallel form enters; their defaults know one process.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -11,73 +12,189 @@ from torch import Tensor, nn
 from kernels.grouped_gemm import grouped_gemm
 from kernels.permute import permute, sort_choices, unpermute
 from kernels.reference import swiglu
-from model.config import ModelConfig
+from model.capacity import LocalPool, Pool, decide_replicas, line_up
+from model.config import AuxNormalisation, AuxScope, Balancing, ModelConfig, Renormalise, RouterConfig
+from model.hashing import draw, uniform
 from model.layers import linear
 
 
+class Micro(NamedTuple):
+    """What the router knows of a micro-batch besides its hidden states."""
+
+    offsets: Tensor
+    """[rows, max_documents + 1], of the full rows."""
+    number: int
+    """Counts the micro-batches of the run."""
+    loss_weight: float
+    """Factor of each layer's balancing losses, before their coefficients, in the differentiated loss."""
+    lengths: Tensor | None = None
+    """[rows]: tokens of each row; those behind them are padding. None: there is none."""
+
+
 class Routing(NamedTuple):
-    """The router's decision."""
+    """The router's decision for this rank's tokens."""
 
     weights: Tensor
-    """[tokens, top_k] fp32, each row sums to 1."""
+    """[tokens, top_k] fp32."""
     experts: Tensor
     """[tokens, top_k] int64."""
+    replicas: Tensor | None
+    """[tokens, top_k]: EP group that computes the choice, -1 where none does; None where all are its own."""
 
 
-class LocalPool(nn.Module):
-    """Sums router statistics over the ranks that share a micro-batch: here, one."""
+class Decision(NamedTuple):
+    """The part of a routing that has no gradient; recomputation takes it over from the first pass."""
 
-    def forward(self, statistics: Tensor) -> Tensor:
-        """Pooled statistics of the same shape; the gradient is that of this rank's share."""
-        return statistics
+    experts: Tensor
+    """[tokens, top_k] int64."""
+    replicas: Tensor | None
+    """As in Routing."""
+    real: Tensor | None
+    """[tokens]: 0 for padding, else 1; None without padding."""
+    share: Tensor
+    """[experts]: part of the choices of aux_scope that chose each expert."""
+    tokens: Tensor
+    """Scalar: tokens of the pool."""
+
+
+class Memo:
+    """Belongs to one call of a block that will be computed again."""
+
+    decision: Decision | None = None
+    """Of the first pass."""
 
 
 class Router(nn.Module):
-    """softmax over all experts in fp32, top-k, renormalised to 1 (arXiv 2501.08313 sec. 2.1)."""
+    """softmax over all experts in fp32, top-k, renormalised to 1, capacity (arXiv 2501.08313 sec. 2.1).
+
+    Counts and loss sums are this rank's; their sum over the pool's ranks is the pool's.
+    """
 
     load: Tensor
-    aux_loss: Tensor
+    dropped: Tensor
+    moved: Tensor
+    step_choices: Tensor
+    bias: Tensor
+    losses: Tensor
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, router: RouterConfig, layer: int) -> None:
         super().__init__()
-        self.top_k = cfg.experts_per_token
+        self.cfg, self.layer, self.seed = router, layer, 0
+        self.num_experts, self.top_k = cfg.num_experts, cfg.experts_per_token
         self.gate = linear(cfg.hidden_size, cfg.num_experts)
-        self.pool: nn.Module = LocalPool()
-        self.is_recording = True  # off while a block is computed again for its backward pass
-        self.register_buffer("load", torch.zeros(cfg.num_experts, dtype=torch.int64), persistent=False)
-        self.register_buffer("aux_loss", torch.zeros(()), persistent=False)
+        self.pool: Pool = LocalPool()
+        self.memo: Memo | None = None
+        """Set while a block runs that will be, or is being, computed again."""
+        counts = torch.zeros(cfg.num_experts, dtype=torch.int64)
+        for name in ("load", "dropped", "step_choices"):  # step_choices: of the whole pool
+            self.register_buffer(name, counts.clone(), persistent=False)
+        self.register_buffer("moved", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("bias", torch.zeros(cfg.num_experts), persistent=False)
+        # [aux, z, entropy] of the step, each a sum of the micro-batches' means over the pool
+        self.register_buffer("losses", torch.zeros(3), persistent=False)
 
     def reset_buffers(self) -> None:
-        """Start the statistics again."""
-        self.load.zero_()
-        self.aux_loss.zero_()
+        """Start all statistics, and the bias, from 0."""
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
 
-    def forward(self, x: Tensor, aux_weight: float) -> Routing:
-        """Route [tokens, hidden]; aux_weight is the aux loss's factor in the loss that is differentiated.
+    def begin_step(self) -> None:
+        """Forget the step before; load, dropped and moved go on until they are read."""
+        self.step_choices.zero_()
+        self.losses.zero_()
 
-        In training, adds the pool's choices to `load` and its aux loss to `aux_loss`.
-        """
-        probs = self.gate(x.to(self.gate.weight.dtype)).softmax(-1)
-        weights, experts = probs.topk(self.top_k, dim=-1)
-        weights = weights / weights.sum(-1, keepdim=True)
+    def end_step(self) -> None:
+        """Move the bias of each expert towards an equal share of the step's choices."""
+        if self.cfg.balancing is Balancing.bias:
+            choices = self.step_choices.double()
+            self.bias += self.cfg.bias_update_rate * (choices.mean() - choices).sign().float()
+
+    def forward(self, x: Tensor, micro: Micro) -> Routing:
+        """Route [rows, tokens/(cp tp), hidden]; in training, count and attach the balancing losses."""
+        wide = x.to(self.gate.weight.dtype)
+        if self.training and self.cfg.jitter:
+            wide = wide * self._jitter(x, micro)
+        logits = self.gate(wide).flatten(0, 1)
+        probs = logits.softmax(-1)
+        memo, decision = self.memo, None if self.memo is None else self.memo.decision
+        is_first = decision is None
+        if decision is None:
+            decision = self._decide(probs.detach(), x, micro)
+        if memo is not None:
+            memo.decision = decision
+        weights = probs.gather(-1, decision.experts)
+        if self.cfg.renormalise is Renormalise.after_drop and decision.replicas is not None:
+            weights = torch.where(decision.replicas >= 0, weights, 0)
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
         if self.training:
-            weights = self._balance(weights, probs, experts, aux_weight)
-        return Routing(weights, experts)
+            loss = self._balance(logits, probs, decision, is_first)
+            weights = _AddLoss.apply(weights, loss * micro.loss_weight)
+        return Routing(weights, decision.experts, decision.replicas)
 
-    def _balance(self, weights: Tensor, probs: Tensor, experts: Tensor, aux_weight: float) -> Tensor:
-        """Attach E * sum_e f_e P_e to the weights: f = share of choices, P = mean probability in the pool."""
-        choices = torch.bincount(experts.flatten(), minlength=probs.shape[-1])
-        pooled_choices, pooled_probs = self.pool(
-            torch.stack([choices.to(probs.dtype), probs.sum(0)])
-        ).unbind()
-        tokens = pooled_choices.detach().sum() / self.top_k
-        share = pooled_choices.detach() / (tokens * self.top_k)
-        aux_loss = probs.shape[-1] * (share * (pooled_probs / tokens)).sum()
-        if self.is_recording:
+    @torch.no_grad()
+    def _decide(self, probs: Tensor, x: Tensor, micro: Micro) -> Decision:
+        """Choose experts for [tokens, experts] probabilities, drop what exceeds the capacity, count."""
+        experts, pool, real = self._choose(probs, x, micro), self.pool, None
+        replicas, wanted, group = None, experts, pool.rank // pool.group_size
+        if micro.lengths is not None:
+            real = (pool.places(x).positions < micro.lengths[:, None]).flatten()
+            wanted = torch.where(real[:, None], experts, self.num_experts)
+            replicas = torch.where(real[:, None], group, -1).expand_as(experts)
+        if not self.training:  # no capacity: held-out loss is that of the model as it is served
+            return Decision(experts, replicas, real, *probs.new_empty(2, 0))
+        if self.cfg.capacity_factor is None:
+            choices = sort_choices(wanted.flatten(), self.num_experts).counts
+            pooled = pool.sum(choices)
+        else:
+            cells, keys = line_up(pool.places(x), micro.offsets, draw(self.seed, micro.number, self.layer))
+            replicas, choices, dropped, pooled = decide_replicas(
+                wanted, cells, keys, pool, num_experts=self.num_experts, factor=self.cfg.capacity_factor
+            )
+            self.dropped += dropped
+            if pool.num_groups > 1:
+                self.moved += ((replicas >= 0) & (replicas != group)).sum()
+        self.load += choices
+        self.step_choices += pooled
+        counted = self.step_choices if self.cfg.aux_scope is AuxScope.global_batch else pooled
+        share = counted.to(probs.dtype) / counted.sum()
+        return Decision(experts, replicas, real, share, pooled.sum() / self.top_k)
+
+    def _choose(self, probs: Tensor, x: Tensor, micro: Micro) -> Tensor:
+        """[tokens, top_k] experts."""
+        if self.cfg.force == "none":
+            biased = probs + self.bias if self.cfg.balancing is Balancing.bias else probs
+            return biased.topk(self.top_k, dim=-1).indices
+        index = self.pool.places(x).numbers.reshape(-1, 1)
+        every_expert = torch.arange(self.num_experts, device=x.device)
+        if self.cfg.skew is None:
+            return (index * self.top_k + every_expert[: self.top_k] + self.layer) % self.num_experts
+        key = draw(self.seed, micro.number, self.layer, 1)
+        noise = -torch.log(-torch.log(uniform(index * self.num_experts + every_expert, key)))  # Gumbel
+        return (noise - self.cfg.skew * torch.log(every_expert + 1.0)).topk(self.top_k, dim=-1).indices
+
+    def _jitter(self, x: Tensor, micro: Micro) -> Tensor:
+        """Factors of [rows, tokens, hidden], by seed, micro-batch, layer, place in the pool and entry."""
+        index = self.pool.places(x).numbers[..., None] * x.shape[-1]
+        key = draw(self.seed, micro.number, self.layer, 2)
+        noise = uniform(index + torch.arange(x.shape[-1], device=x.device), key)
+        return (1 + self.cfg.jitter * (2 * noise - 1)).to(self.gate.weight.dtype)
+
+    def _balance(self, logits: Tensor, probs: Tensor, decision: Decision, is_first: bool) -> Tensor:
+        """This rank's part of the aux loss, E * sum_e share_e * mean P_e, and of the z-loss."""
+        cfg, tokens, squares = self.cfg, decision.tokens, logits.logsumexp(-1).square()
+        if decision.real is not None:
+            probs, squares = probs * decision.real[:, None], squares * decision.real
+        scale = self.num_experts if cfg.aux_normalisation is AuxNormalisation.switch else 1 / self.num_experts
+        aux = scale * (decision.share * probs.sum(0)).sum() / tokens
+        z = squares.sum() / tokens
+        if is_first:
             with torch.no_grad():
-                self.load += pooled_choices.long()
-                self.aux_loss += aux_loss
-        return _AddLoss.apply(weights, aux_loss * aux_weight)
+                entropy = -torch.special.xlogy(probs, probs).sum() / tokens
+                self.losses += torch.stack([aux, z, entropy])
+        loss = cfg.z_loss_coefficient * z
+        if cfg.balancing is Balancing.aux_loss:
+            loss = loss + cfg.aux_loss_coefficient * aux
+        return loss
 
 
 class _AddLoss(torch.autograd.Function):
@@ -93,45 +210,34 @@ class _AddLoss(torch.autograd.Function):
         return grads[0], ctx.saved_tensors[0]
 
 
-class Dispatched(NamedTuple):
-    """Tokens on their way through the experts that this process holds."""
-
-    x: Tensor
-    """[choices, hidden], sorted by expert."""
-    weights: Tensor
-    """[choices] fp32 router weights."""
-    ends: Tensor
-    """[experts/ep] int32, where each expert's rows end."""
-    way: Any
-    """What the dispatcher needs to bring the rows back."""
+Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x [choices, hidden] sorted by expert, weights [choices] fp32, ends [experts/ep] int32) -> like x."""
 
 
 class Dispatcher(Protocol):
     """The seam: brings tokens to their experts and back."""
 
-    def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
-        """[tokens, hidden] -> the rows of each expert, consecutive."""
-
-    def combine(self, y: Tensor, sent: Dispatched) -> Tensor:
-        """[choices, hidden], as the experts left them -> [tokens, hidden]: each token's sum."""
+    def __call__(self, x: Tensor, routing: Routing, compute: Compute) -> Tensor:
+        """[tokens, hidden] -> [tokens, hidden]: each token's sum of what the experts made of it."""
 
 
-class LocalDispatcher(nn.Module):
-    """Sorts the choices by expert on one process."""
+class LocalDispatcher:
+    """Sorts the choices by expert on one process; reads how many were kept if there is a capacity."""
 
     def __init__(self, num_experts: int) -> None:
-        super().__init__()
         self.num_experts = num_experts
 
-    def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
-        """[tokens, hidden] -> the rows of each expert, consecutive and in token order."""
-        order, inverse, ends = sort_choices(routing.experts.flatten(), self.num_experts)
-        weights = permute(routing.weights.reshape(-1, 1), order, inverse)[:, 0]
-        return Dispatched(permute(x, order, inverse), weights, ends, (order, inverse, x.shape[0]))
-
-    def combine(self, y: Tensor, sent: Dispatched) -> Tensor:
-        """[choices, hidden] -> [tokens, hidden]: each token's sum."""
-        return unpermute(y, *sent.way)
+    def __call__(self, x: Tensor, routing: Routing, compute: Compute) -> Tensor:
+        """[tokens, hidden] -> [tokens, hidden]."""
+        weights, experts, replicas = routing
+        if replicas is None:
+            sorting = sort_choices(experts.flatten(), self.num_experts)
+        else:
+            kept = torch.where(replicas >= 0, experts, self.num_experts)
+            sorting = sort_choices(kept.flatten(), self.num_experts)
+            sorting = sorting.keep(int(sorting.ends[-1]))
+        y = compute(permute(x, sorting), permute(weights.reshape(-1, 1), sorting)[:, 0], sorting.ends)
+        return unpermute(y, sorting, len(x))
 
 
 class Experts(nn.Module):
@@ -142,8 +248,11 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(cfg.num_experts, 2, cfg.expert_ffn_size, cfg.hidden_size))
         self.down = nn.Parameter(torch.empty(cfg.num_experts, cfg.hidden_size, cfg.expert_ffn_size))
 
-    def forward(self, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        """[choices, hidden] sorted by expert -> [choices, hidden]."""
+    def forward(self, x: Tensor, routing: Routing, dispatcher: Dispatcher) -> Tensor:
+        """[tokens, hidden] -> the same; one call however often the dispatcher computes, as FSDP2 needs it."""
+        return dispatcher(x, routing, self._compute)
+
+    def _compute(self, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         gate_up = grouped_gemm(x, self.gate_up.flatten(1, 2), ends)
         return grouped_gemm(swiglu(gate_up.unflatten(-1, (2, -1)), weights), self.down, ends)
 
@@ -151,15 +260,12 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Router, dispatcher and experts of one layer."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, router: RouterConfig, layer: int) -> None:
         super().__init__()
-        self.router = Router(cfg)
+        self.router = Router(cfg, router, layer)
         self.dispatcher: Dispatcher = LocalDispatcher(cfg.num_experts)
         self.experts = Experts(cfg)
 
-    def forward(self, x: Tensor, aux_weight: float) -> Tensor:
+    def forward(self, x: Tensor, micro: Micro) -> Tensor:
         """[rows, tokens, hidden] -> [rows, tokens, hidden]."""
-        flat = x.flatten(0, 1)
-        sent = self.dispatcher.dispatch(flat, self.router(flat, aux_weight))
-        y = self.experts(sent.x, sent.weights, sent.ends)
-        return self.dispatcher.combine(y, sent).view_as(x)
+        return self.experts(x.flatten(0, 1), self.router(x, micro), self.dispatcher).view_as(x)

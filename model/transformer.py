@@ -10,16 +10,16 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.documents import Documents, locate_documents
 from kernels.reference import rotary_table, widen
 from model.attention import SoftmaxAttention
-from model.config import LayerType, ModelConfig
+from model.config import LayerType, ModelConfig, RouterConfig
 from model.layers import RMSNorm
 from model.lightning import LightningAttention, LightningCore
-from model.moe import MoE, Router
+from model.moe import Micro, MoE, Router
 
 
 class Block(nn.Module):
     """Post-norm DeepNorm residuals: h = norm(x); x = alpha h + f(h), for the mixer and for the experts."""
 
-    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+    def __init__(self, cfg: ModelConfig, router: RouterConfig, layer: int) -> None:
         super().__init__()
         self.alpha = cfg.alpha
         self.mixer_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
@@ -29,15 +29,13 @@ class Block(nn.Module):
             else LightningAttention(cfg, layer)
         )
         self.moe_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
-        self.moe = MoE(cfg)
+        self.moe = MoE(cfg, router, layer)
 
-    def forward(
-        self, x: Tensor, documents: Documents, rotary: tuple[Tensor, Tensor], aux_weight: float
-    ) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents, rotary: tuple[Tensor, Tensor], micro: Micro) -> Tensor:
         """[rows, tokens, hidden] -> [rows, tokens, hidden]."""
         h = self.mixer_norm(x)
         h = self.moe_norm(self.alpha * h + self.mixer(h, documents, rotary))
-        return self.alpha * h + self.moe(h, aux_weight)
+        return self.alpha * h + self.moe(h, micro)
 
 
 class Head(nn.Module):
@@ -58,23 +56,35 @@ class Transformer(nn.Module):
     """The whole model, or the layers of one pipeline stage with the ends that belong to it.
 
     Seams set from outside: `locate` tells documents and positions of the tokens that this rank holds;
-    `sequence_parts` is how many ranks share the tokens of a hidden state between two blocks.
+    `sequence_parts` is how many ranks share the tokens of a hidden state between two blocks. `rope_theta`
+    may change from stage to stage of a curriculum.
     """
 
-    def __init__(self, cfg: ModelConfig, layers: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, cfg: ModelConfig, layers: Sequence[int] | None = None, *, router: RouterConfig | None = None
+    ) -> None:
         super().__init__()
+        router = RouterConfig() if router is None else router
         layers = range(cfg.num_layers) if layers is None else layers
         self.cfg = cfg
         self.locate: Callable[[Tensor, int], Documents] = locate_documents
         self.sequence_parts = 1
+        self.rope_theta = cfg.rope_theta
         self.embed: nn.Module | None = nn.Embedding(cfg.vocab_size, cfg.hidden_size) if 0 in layers else None
-        self.blocks = nn.ModuleDict({str(layer): Block(cfg, layer) for layer in layers})
+        self.blocks = nn.ModuleDict({str(layer): Block(cfg, router, layer) for layer in layers})
         is_last = cfg.num_layers - 1 in layers
         self.norm: nn.Module | None = RMSNorm(cfg.hidden_size, cfg.norm_eps) if is_last else None
         self.head: nn.Module | None = Head(cfg) if is_last else None
 
     def forward(
-        self, x: Tensor, offsets: Tensor, *, targets: Tensor | None = None, aux_weight: float = 0.0
+        self,
+        x: Tensor,
+        offsets: Tensor,
+        *,
+        targets: Tensor | None = None,
+        number: Tensor | None = None,
+        lengths: Tensor | None = None,
+        loss_weight: float = 0.0,
     ) -> Tensor:
         """Logits, or each token's loss where targets are given; a stage without head returns hidden states.
 
@@ -82,18 +92,22 @@ class Transformer(nn.Module):
             x: [rows, tokens/cp] int64 token ids, or [rows, tokens/(cp tp), hidden] from the stage before.
             offsets: [rows, max_documents + 1] int32, starts of the row's documents padded with its length.
             targets: [rows, tokens/cp] int64, negative = none.
-            aux_weight: factor of each layer's aux loss in the loss that will be differentiated.
+            number: [rows] int64 on the host, the same in each: counts the run's micro-batches; None = 0.
+            lengths: [rows]: tokens of each row before its padding, which is the last document; None = all.
+            loss_weight: factor of each layer's balancing losses, before their coefficients, in the loss
+                that will be differentiated.
 
         Returns:
             [rows, tokens/cp, vocab] fp32 logits, [rows, tokens/cp] fp32 losses, 0 where there is no target,
             or [rows, tokens/(cp tp), hidden].
         """
         documents = self.locate(offsets, x.shape[1] * (1 if self.embed is not None else self.sequence_parts))
-        rotary = rotary_table(documents.positions, self.cfg.rotary_dim, self.cfg.rope_theta)
+        rotary = rotary_table(documents.positions, self.cfg.rotary_dim, self.rope_theta)
+        micro = Micro(offsets, 0 if number is None else int(number[0]), loss_weight, lengths)
         if self.embed is not None:
             x = self.embed(x)
         for block in self.blocks.values():
-            x = block(x, documents, rotary, aux_weight)
+            x = block(x, documents, rotary, micro)
         if self.norm is None or self.head is None:
             return x
         return self.head(self.norm(x), targets)

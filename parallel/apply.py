@@ -4,24 +4,29 @@ from collections.abc import Sequence
 
 import torch
 
-from model.config import ModelConfig
+from model.config import ModelConfig, RouterConfig
 from model.flops import forward_flops_per_token
 from model.init import init_slice
 from model.transformer import Transformer
-from parallel.collectives import PoolOverRanks
 from parallel.config import Offload, ParallelConfig, Recompute, num_stages, stages_of
 from parallel.context import apply_context
 from parallel.expert import apply_expert
 from parallel.mesh import Mesh
 from parallel.pipeline import split_layers
 from parallel.placement import Shard, local_shards, publish
+from parallel.pool import StagePool
 from parallel.recompute import apply_recompute
 from parallel.tensor import apply_tensor
 from parallel.zero import apply_zero, copy_for_compute, materialize
 
 
 def build_parts(
-    model_cfg: ModelConfig, cfg: ParallelConfig, mesh: Mesh, *, row_tokens: int
+    model_cfg: ModelConfig,
+    cfg: ParallelConfig,
+    mesh: Mesh,
+    *,
+    row_tokens: int,
+    router: RouterConfig | None = None,
 ) -> list[Transformer]:
     """This rank's pipeline stages on the meta device, cut to cost alike; one whole model without pp.
 
@@ -32,7 +37,7 @@ def build_parts(
     stages = split_layers([*layers[:-1], layers[-1] + head], num_stages(cfg.schedule, mesh.pp.size))
     mine = stages_of(mesh.pp.rank, cfg.schedule, mesh.pp.size)
     with torch.device("meta"):
-        return [Transformer(model_cfg, stages[number]) for number in mine]
+        return [Transformer(model_cfg, stages[number], router=router) for number in mine]
 
 
 def parallelize(
@@ -44,6 +49,7 @@ def parallelize(
     seed: int,
     recompute: Recompute = Recompute.none,
     offload: Offload = Offload.none,
+    overlap_groups: int = 1,
 ) -> list[Shard]:
     """Spread this rank's stages, on the meta device, over the mesh and give them their initial weights.
 
@@ -52,17 +58,19 @@ def parallelize(
         seed: of the weights.
         recompute: what blocks compute again in backward.
         offload: where masters lie.
+        overlap_groups: groups of tokens whose way to the experts overlaps.
 
     Returns:
         This rank's part of every parameter of its stages.
     """
-    shards = []
+    shards, pool = [], StagePool(mesh)
     for model in parts:
-        placements = apply_tensor(model, mesh.tp) | apply_expert(model, mesh)
+        placements = apply_tensor(model, mesh.tp)
+        placements |= apply_expert(model, mesh, overlap_groups=overlap_groups)
         apply_context(model, mesh.cp, exchange=cfg.cp_state_exchange)
-        if mesh.stage.size > 1:
-            for router in model.routers():
-                router.pool = PoolOverRanks(mesh.stage)
+        for router in model.routers():
+            router.seed = seed
+            router.pool = pool
         apply_recompute(model, mesh.cp, recompute)
         apply_zero(model, mesh, stage=cfg.zero_stage, dtype=dtype, offload=offload)
         materialize(model, mesh, offload)

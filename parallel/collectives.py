@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from parallel.mesh import Axis
 
@@ -59,34 +59,6 @@ def scatter_to_sequence(x: Tensor, axis: Axis, *, dim: int = 1) -> Tensor:
 def all_reduce_both(x: Tensor, axis: Axis) -> Tensor:
     """Add up x where every rank goes on with the sum in its own way. forward and backward: all-reduce."""
     return x if axis.group is None else _SumBoth.apply(x, axis)
-
-
-class PoolOverRanks(nn.Module):
-    """Sums router statistics over an axis: the pool of one global micro-batch.
-
-    forward: all-reduce; backward: identity, because each rank differentiates its own tokens' share and the
-    shares are summed with the other gradients.
-    """
-
-    def __init__(self, axis: Axis) -> None:
-        super().__init__()
-        self.axis = axis
-
-    def forward(self, statistics: Tensor) -> Tensor:
-        """Any shape, equal on all ranks -> their sum."""
-        return _SumForward.apply(statistics, self.axis)
-
-
-class _SumForward(torch.autograd.Function):
-    """forward: all-reduce; backward: identity."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
-        return all_reduce_sum(x, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
 
 
 class _SumBoth(torch.autograd.Function):

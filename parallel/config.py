@@ -124,3 +124,17 @@ class ParallelConfig:
                 f"choose a product among {legal}"
             )
         return world_size // product
+
+
+@dataclass(kw_only=True)
+class MoEConfig:
+    """How the mixture of experts runs; nothing here changes what it computes."""
+
+    overlap_groups: int = 1
+    """Groups of a rank's tokens: one's rows travel while another's experts compute
+    (arXiv 2501.08313 sec. 3.1)."""
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        if self.overlap_groups < 1:
+            raise ValueError(f"moe.overlap_groups={self.overlap_groups} must be at least 1")

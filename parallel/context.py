@@ -4,7 +4,7 @@ Both kinds of attention use this zigzag layout: the ring of `parallel/ring.py`, 
 LASP+ (MiniMax-01, arXiv 2501.08313) with documents and fixed decay.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from model.transformer import Transformer
 from parallel.collectives import barrier
 from parallel.config import StateExchange
 from parallel.mesh import Axis
+from parallel.overlap import post, wait
 from parallel.ring import Kept, RingCore, by_chunk, from_chunks, owned_chunks
 
 
@@ -90,45 +91,12 @@ class PrefixStateCore(LightningCore):
         ends = lightning_end_state(k, v, self.slopes, local).unflatten(0, (-1, 2)).transpose(0, 1)
         passing = _Passing(self.cp, self.exchange, documents.offsets, self.slopes.to(ends.dtype), k.shape[1])
         passing.kept = self.kept or Kept()
-        sent = _SendStates.apply(ends, passing)
+        posted = post(passing, ends)
         filled = filler()
-        entering = _ReceiveStates.apply(sent, passing).transpose(0, 1).flatten(0, 1)
+        (entering,) = wait(passing, posted)
+        entering = entering.transpose(0, 1).flatten(0, 1)
         o = lightning_attention(q, k, v, self.slopes, local, initial_state=entering)
         return from_chunks(o), filled
-
-
-class _SendStates(torch.autograd.Function):
-    """forward: starts the exchange of the chunks' end states; backward: waits for their gradients.
-
-    What it returns carries no value: it ties the two halves of an exchange together in the graph, with the
-    filler's nodes between them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, ends: Tensor, passing: "_Passing") -> Tensor:
-        ctx.passing = passing
-        if passing.kept.values is None:
-            passing.send(ends)
-        return ends.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.passing.receive(backward=True), None
-
-
-class _ReceiveStates(torch.autograd.Function):
-    """forward: the state that enters each chunk; backward: starts the exchange of their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, sent: Tensor, passing: "_Passing") -> Tensor:
-        ctx.passing = passing
-        return passing.kept.once(passing.entering)[0].detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        passing = ctx.passing
-        passing.send(torch.where(passing.mine(passing.began), grads[0], 0))
-        return grads[0].new_empty(0), None
 
 
 class _Passing:
@@ -149,16 +117,27 @@ class _Passing:
         self.kept = Kept()
         self.through = (self.began & is_one) * decay  # [chunks, rows, heads/tp, 1, 1]
 
-    def entering(self) -> tuple[Tensor]:
-        """The states that enter this rank's chunks, 0 where a document begins."""
-        return (torch.where(self.mine(self.began), self.receive(backward=False), 0),)
+    def send(self, tensors: Sequence[Tensor], *, backward: bool) -> None:
+        """Give this rank's [2, rows, heads/tp, head_dim, head_dim] to those who need it."""
+        if backward:
+            self._start(torch.where(self.mine(self.began), tensors[0], 0))
+        elif self.kept.values is None:
+            self._start(tensors[0])
+
+    def receive(self, *, backward: bool) -> tuple[Tensor, ...]:
+        """x of this rank's two chunks, alike; forward: 0 where a document begins."""
+        if backward:
+            return (self._finish(backward),)
+        return (self.kept.once(self._entering)[0].detach(),)
+
+    def _entering(self) -> tuple[Tensor]:
+        return (torch.where(self.mine(self.began), self._finish(False), 0),)
 
     def mine(self, chunks: Tensor) -> Tensor:
         """[chunks, ...] -> [2, ...] of this rank."""
         return torch.stack([chunks[chunk] for chunk in owned_chunks(self.cp.rank, self.cp)])
 
-    def send(self, own: Tensor) -> None:
-        """Give this rank's [2, rows, heads/tp, head_dim, head_dim] to those who need it."""
+    def _start(self, own: Tensor) -> None:
         self.own = own.contiguous()
         if self.exchange is StateExchange.allgather:
             self.gathered = own.new_empty((self.cp.size * 2, *own.shape[1:]))
@@ -166,8 +145,7 @@ class _Passing:
                 self.gathered, self.own, group=self.cp.group, async_op=True
             )
 
-    def receive(self, *, backward: bool) -> Tensor:
-        """x of this rank's two chunks, [2, rows, heads/tp, head_dim, head_dim]."""
+    def _finish(self, backward: bool) -> Tensor:
         if self.exchange is StateExchange.scan:
             found = self._scan(backward)
         else:

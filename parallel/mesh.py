@@ -52,6 +52,12 @@ class Mesh:
     """dp x cp: dense parameters are replicated over it."""
     stage: Axis
     """dp x cp x tp = edp x ep x etp: the ranks that share a pipeline stage, and the router's pool."""
+    exchange: Axis
+    """ep of the EP groups that share a capacity: choices travel along it. Without a capacity: ep."""
+    exchange_back: Axis
+    """The same ranks, by another process group if exchanges overlap."""
+    etp_back: Axis
+    """As etp; see above."""
     world: Axis
     """All ranks."""
     data_mesh: DeviceMesh | None = None
@@ -75,11 +81,21 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def init_mesh(cfg: ParallelConfig, device_type: str, *, timeout_minutes: float = 10) -> Mesh:
+def init_mesh(
+    cfg: ParallelConfig,
+    device_type: str,
+    *,
+    pool_groups: int = 1,
+    overlaps: bool = False,
+    timeout_minutes: float = 10,
+) -> Mesh:
     """Join the job's process group (none in one process) and lay both grids over it.
 
     Args:
         device_type: `cpu` (gloo) or `cuda` (NCCL).
+        pool_groups: EP groups between which choices may move; divides edp.
+        overlaps: give the way back from the experts process groups of its own, because one process group
+            runs its operations one after the other.
 
     Raises:
         RuntimeError: PyPI's package `kernels` would hide ours.
@@ -105,12 +121,16 @@ def init_mesh(cfg: ParallelConfig, device_type: str, *, timeout_minutes: float =
         "edp": expert.movedim(1, -1).flatten(0, -2),
         "ep": expert.movedim(2, -1).flatten(0, -2),
         "etp": expert.flatten(0, -2),
+        "exchange": expert.view(-1, pool_groups * cfg.ep, cfg.etp).movedim(1, -1).flatten(0, -2),
         "data": dense.flatten(1, 2).movedim(1, -1).flatten(0, -2),
         "stage": dense.flatten(1),
         "world": dense.view(1, -1),
     }
     groups: dict[str, dist.ProcessGroup] = {}
     axes: dict[str, Any] = {name: _axis(name, lines.tolist(), rank, groups) for name, lines in grids.items()}
+    own: dict[str, dist.ProcessGroup] = {} if overlaps else groups
+    for name in ("exchange", "etp"):
+        axes[f"{name}_back"] = _axis(f"{name}_back", grids[name].tolist(), rank, own)
     return Mesh(
         rank=rank,
         world_size=world_size,
@@ -123,8 +143,8 @@ def init_mesh(cfg: ParallelConfig, device_type: str, *, timeout_minutes: float =
 
 def one_process(device: torch.device) -> Mesh:
     """The mesh of a process that runs alone, whatever the launcher's variables say."""
-    names = ("pp", "dp", "cp", "tp", "edp", "ep", "etp", "data", "stage", "world")
-    axes: dict[str, Any] = {name: Axis(name, 0, (0,)) for name in names}
+    names = ("pp", "dp", "cp", "tp", "edp", "ep", "etp", "data", "stage", "exchange", "world")
+    axes: dict[str, Any] = {name: Axis(name, 0, (0,)) for name in (*names, "exchange_back", "etp_back")}
     return Mesh(rank=0, world_size=1, device=device, **axes)
 
 

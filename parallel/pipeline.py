@@ -23,6 +23,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from model.transformer import Transformer
+from parallel.collectives import all_reduce_sum
 from parallel.config import Schedule, num_stages, stage_owner, stages_of
 from parallel.mesh import Axis, Mesh
 from parallel.zero import sync_gradients
@@ -45,6 +46,10 @@ class MicroBatch(NamedTuple):
     """[rows, tokens/cp] int64, negative = none."""
     offsets: Tensor
     """[rows, max_documents + 1] int32; the same width in all micro-batches of a step."""
+    number: Tensor
+    """[rows] int64 on the host, the same in each row: counts the micro-batches of the run."""
+    lengths: Tensor | None = None
+    """[rows] int32: tokens of each row before its padding, which is the last document; None = no padding."""
 
 
 def split_layers(costs: Sequence[float], num_stages: int) -> list[range]:
@@ -86,13 +91,20 @@ class SingleStage:
         self.model, self.zero_stage = model, zero_stage
 
     def forward_backward(
-        self, batches: Sequence[MicroBatch], target_count: Tensor, aux_weight: float
+        self, batches: Sequence[MicroBatch], target_count: Tensor, loss_weight: float
     ) -> Tensor:
         """Accumulate gradients of the loss divided by target_count; this rank's share of it, fp64."""
         total = torch.zeros((), dtype=torch.float64, device=target_count.device)
         for number, batch in enumerate(batches, start=1):
             sync_gradients(self.model, self.zero_stage > 1 or number == len(batches))
-            losses = self.model(batch.tokens, batch.offsets, targets=batch.targets, aux_weight=aux_weight)
+            losses = self.model(
+                batch.tokens,
+                batch.offsets,
+                targets=batch.targets,
+                number=batch.number,
+                lengths=batch.lengths,
+                loss_weight=loss_weight,
+            )
             loss = losses.sum() / target_count
             loss.backward()
             total += loss.detach()
@@ -100,8 +112,8 @@ class SingleStage:
 
     def loss_sum(self, batches: Sequence[MicroBatch]) -> Tensor:
         """Sum of the losses of this rank's tokens, forward only, fp64."""
-        sums = [self.model(b.tokens, b.offsets, targets=b.targets).double().sum() for b in batches]
-        return torch.stack(sums).sum()
+        losses = [self.model(b.tokens, b.offsets, targets=b.targets, lengths=b.lengths) for b in batches]
+        return torch.stack([each.double().sum() for each in losses]).sum()
 
 
 class Pipeline:
@@ -158,15 +170,23 @@ class Pipeline:
         )
 
     def forward_backward(
-        self, batches: Sequence[MicroBatch], target_count: Tensor, aux_weight: float
+        self, batches: Sequence[MicroBatch], target_count: Tensor, loss_weight: float
     ) -> Tensor:
         """As SingleStage's; 0 on ranks without the last stage."""
         for part in self.parts:
             sync_gradients(part, True)
         self.target_count = target_count
-        tokens, targets, offsets = (torch.cat(column) for column in zip(*batches, strict=True))
+        columns = zip(*batches, strict=True)
+        tokens, targets, offsets, number = (torch.cat(part) for part in itertools.islice(columns, 4))
+        (lengths,) = (None if part[0] is None else torch.cat(part) for part in columns)
         losses: list[Tensor] = []
-        arguments: dict[str, Any] = {"offsets": offsets, "targets": targets, "aux_weight": aux_weight}
+        arguments: dict[str, Any] = {
+            "offsets": offsets,
+            "targets": targets,
+            "number": number,
+            "lengths": lengths,
+            "loss_weight": loss_weight,
+        }
         first = (tokens,) if 0 in self.numbers else ()
         target = targets if self.num_stages - 1 in self.numbers else None
         self.schedule.step(*first, target=target, losses=losses, **arguments)
@@ -183,7 +203,7 @@ class Pipeline:
                 if number:
                     x = self._hand_over(x, number)
                 if number in mine:
-                    x = mine[number](x, batch.offsets, targets=batch.targets)
+                    x = mine[number](x, batch.offsets, targets=batch.targets, lengths=batch.lengths)
             if self.num_stages - 1 in mine:
                 total += x.double().sum()
         return total
@@ -201,10 +221,8 @@ class Pipeline:
         return x
 
 
-def gather_layers(values: Tensor, layers: Sequence[int], num_layers: int, pp: Axis) -> Tensor:
-    """[num_layers, ...] from this rank's [layers, ...], summed into place over the pipeline."""
+def gather_layers(values: Tensor, layers: Sequence[int], num_layers: int, axis: Axis) -> Tensor:
+    """[num_layers, ...] from each rank's [layers, ...], summed into place over the axis."""
     whole = values.new_zeros((num_layers, *values.shape[1:]))
     whole[list(layers)] = values
-    if pp.group is not None:
-        dist.all_reduce(whole, group=pp.group)
-    return whole
+    return all_reduce_sum(whole, axis)

@@ -1,7 +1,7 @@
 """Activation recomputation: backward runs a block's forward pass again instead of keeping its tensors.
 
 `selective` carries over what attention would compute or communicate again: its (o, log-sum-exp) and the
-lightning states that enter each chunk. Router statistics are counted once.
+lightning states that enter each chunk. The router's decision is always carried over, and counted once.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import SoftmaxAttention, SoftmaxCore
+from model.moe import Memo
 from model.transformer import Block, Transformer
 from parallel.config import Recompute
 from parallel.context import PrefixStateCore
@@ -45,19 +46,19 @@ class _Recomputed:
 
 
 class _Pass:
-    """Both passes of one call: the first is counted and fills `kept`, the second takes it over."""
+    """Both passes of one call: the first fills `kept` and `memo`, the second takes them over."""
 
     def __init__(self, owner: _Recomputed) -> None:
-        self.owner, self.kept, self.is_first = owner, Kept(), True
+        self.owner, self.kept, self.memo = owner, Kept(), Memo()
 
     def __call__(self, x: Tensor, *arguments: Any) -> Tensor:
         owner = self.owner
-        owner.router.is_recording = self.is_first
+        owner.router.memo = self.memo
         if owner.core is not None:
             owner.core.kept = self.kept
         try:
             return owner.inner(x, *arguments)
         finally:
-            self.is_first, owner.router.is_recording = False, True
+            owner.router.memo = None
             if owner.core is not None:
                 owner.core.kept = None

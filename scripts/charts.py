@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,82 +18,8 @@ MAX_POINTS = 2000
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 34  # margins around the plotting area, in SVG units
 MAX_COLUMNS = 120
 
-STYLE = """
-:root { color-scheme: light dark; --page:#f4f4f1; --card:#fff; --ink:#17171a; --soft:#5d5d63; --line:#e2e2dd;
-  --one:#2a6fd6; --two:#e0632b; --hot:#d03b3b; --cold:#2a6fd6; --mid:#ededea; --good:#1a7f37; --bad:#c62f2f; }
-@media (prefers-color-scheme: dark) { :root { --page:#111113; --card:#1b1b1e; --ink:#f1f1ef; --soft:#a3a3a8;
-  --line:#323236; --one:#5b9bf3; --two:#f08a4b; --hot:#ee6a5f; --cold:#4f93f0; --mid:#2d2d31; --good:#4cc26a;
-  --bad:#ff7b72; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 28px 24px 60px; max-width: 1240px; background: var(--page); color: var(--ink);
-  font: 14px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 24px; margin: 0 14px 0 0; display: inline-block; overflow-wrap: anywhere; }
-h2 { font-size: 17px; margin: 34px 0 12px; }
-.status { border: 1px solid; border-radius: 99px; padding: 2px 12px; color: var(--soft); }
-.status.DONE { color: var(--good); } .status.REQUEUE { color: var(--two); }
-.status.FAILED, .warn { color: var(--bad); }
-p { color: var(--soft); margin: 6px 0; }
-.tiles, .grid { display: grid; gap: 14px; margin-top: 18px; }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); }
-.grid { grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); align-items: start; }
-.wide { grid-column: 1 / -1; }
-.tile, figure, .table, details { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
-  padding: 12px 16px; margin: 0; }
-.tile { color: var(--soft); } .tile i { font-style: normal; font-size: 12px; }
-.tile b { display: block; color: var(--ink); font-size: 21px; font-weight: 600; line-height: 1.3; }
-figcaption { display: flex; flex-wrap: wrap; gap: 4px 16px; margin-bottom: 8px; align-items: baseline; }
-figcaption b { font-weight: 600; margin-right: auto; }
-.key::before { content: ""; display: inline-block; width: 16px; height: 3px; border-radius: 2px;
-  margin-right: 6px; vertical-align: middle; background: var(--one); }
-.key.faint::before { opacity: .4; } .key.points::before { background: var(--two); width: 8px; height: 8px; }
-svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--soft); font-size: 11.5px; font-variant-numeric: tabular-nums; text-anchor: middle; }
-svg text[text-anchor=end] { text-anchor: end; }
-.rule, .axis { stroke: var(--line); fill: none; } .axis { stroke: var(--soft); opacity: .6; }
-.curve { fill: none; stroke: var(--one); stroke-width: 1.8; stroke-linejoin: round; }
-.curve.faint { opacity: .35; stroke-width: 1; } .curve.points { stroke: var(--two); stroke-width: 1.4; }
-.dot { fill: var(--one); } .dot.faint { opacity: .35; } .dot.points { fill: var(--two); stroke: var(--card); }
-.hot { fill: var(--hot); } .cold { fill: var(--cold); } .mid { fill: var(--mid); }
-.gap { stroke: var(--card); fill: none; } .cursor { stroke: var(--soft); stroke-dasharray: 3 3; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 4px 10px; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 500; }
-caption { text-align: left; font-weight: 600; padding-bottom: 6px; }
-details { margin-top: 34px; } summary { cursor: pointer; font-weight: 600; }
-pre { overflow-x: auto; font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace; }
-#tip { position: fixed; visibility: hidden; pointer-events: none; background: var(--ink); color: var(--page);
-  border-radius: 6px; padding: 5px 9px; font-size: 12px; white-space: pre; }
-"""
-
-SCRIPT = """
-const tip = document.getElementById('tip');
-const plain = v => Math.abs(v) >= 1e4 ? v.toLocaleString('en') : String(v);
-const show = (event, text) => {
-  tip.textContent = text; tip.style.visibility = 'visible';
-  tip.style.left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8) + 'px';
-  tip.style.top = Math.max(event.clientY - tip.offsetHeight - 10, 4) + 'px';
-};
-for (const svg of document.querySelectorAll('svg[data-series]')) {
-  const series = JSON.parse(svg.dataset.series), cursor = svg.querySelector('.cursor');
-  svg.onpointermove = event => {
-    const x = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse()).x;
-    const near = series.filter(s => s.points.length).map(s => [s.name, s.points.reduce(
-      (a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a)]);
-    if (!near.length) return;
-    const at = near.reduce((a, b) => Math.abs(b[1][0] - x) < Math.abs(a[1][0] - x) ? b : a)[1];
-    cursor.setAttribute('x1', at[0]); cursor.setAttribute('x2', at[0]);
-    const here = near.filter(([, p]) => Math.abs(p[0] - at[0]) < 6);
-    const lines = here.map(([name, p]) => `${name}: ${plain(p[3])}`);
-    show(event, [`step ${plain(at[2])}, ${plain(at[1])} tokens`, ...lines].join('\\n'));
-  };
-  svg.onpointerleave = () => { cursor.setAttribute('x1', -9); cursor.setAttribute('x2', -9); };
-}
-document.onpointermove = event => {
-  const cell = event.target.closest('[data-tip]');
-  if (cell) show(event, cell.dataset.tip);
-  else if (!event.target.closest('svg[data-series]')) tip.style.visibility = 'hidden';
-};
-"""
+STYLE, SCRIPT = (Path(__file__).with_name(f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
+"""Of the page, so that it needs nothing else."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ STATUS = {
     "DONE": "finished",
     "": "running or interrupted",  # no sentinel file: kill -9 and a lost node leave none
 }
+LATER_FIGURES = ("max_violation", "entropy", "aux_loss")  # of each layer; not in the lines of older runs
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,11 @@ def parse_metrics(record: Any) -> dict[str, float | None]:
 
 
 def parse_experts(record: Any) -> ExpertRow:
-    """Check one line of experts.jsonl."""
+    """Check one line of experts.jsonl; figures of each layer that older runs lack may be missing."""
     try:
         load, dropped, moved = (np.array(record[key], dtype=float) for key in ("load", "dropped", "moved"))
         step = int(record["step"])
+        later = {key: np.array(record[key], dtype=float).shape for key in LATER_FIGURES if key in record}
     except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"{error!r}; must hold step, load, dropped and moved") from error
     if load.ndim != 2 or not load.size or dropped.shape != load.shape or moved.shape != load.shape[:1]:
@@ -91,6 +93,9 @@ def parse_experts(record: Any) -> ExpertRow:
         raise ValueError(
             f"load, dropped and moved have the shapes {load.shape}, {dropped.shape}, {moved.shape}; {rule}"
         )
+    for key, shape in later.items():
+        if shape != moved.shape:
+            raise ValueError(f"{key} has the shape {shape}; must be [layers], here {moved.shape}")
     return ExpertRow(step, load, dropped, moved)
 
 
@@ -119,8 +124,11 @@ def metric_charts(rows: list[dict[str, float | None]]) -> str:
     add("tokens_per_second", "Throughput (tokens per second)")
     add("mfu", "Model FLOPs utilisation (%)", 100)
     add("aux_loss", "Load-balancing loss, before its coefficient", zero=False)
+    add("z_loss", "Router z-loss, before its coefficient", zero=False)
+    add("router_entropy", "Router entropy (nats)", zero=False)
     add("max_violation", "Max violation (worst layer: max / mean - 1)")
     add("drop_rate", "Dropped choices (%)", 100)
+    add("moved_rate", "Moved choices (%)", 100)
     return "".join(charts)
 
 

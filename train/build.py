@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from data.dataset import TokenDataset
-from data.loader import Loader
+from data.loader import Loader, Shape
+from data.mixture import Mixture
 from data.packing import Batch
+from data.prefetch import Prefetcher
+from model.config import Balancing
 from model.flops import count_parameters
 from model.moe import Router
 from model.transformer import Transformer
@@ -24,6 +28,7 @@ from train.config import ConfigError, Device, Precision, RunConfig, user_errors
 from train.metrics import MetricsWriter
 from train.optimizer import build_optimizer
 from train.signals import StopRequest
+from train.stages import Stage, stage_of, tokens_at, total_steps
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +57,9 @@ class RunProgress:
 class Run:
     """Everything that the training loop works with."""
 
-    cfg: RunConfig
+    stages: list[Stage]
+    stage: Stage
+    """Where the run is."""
     mesh: Mesh
     parts: list[Transformer]
     """This rank's pipeline stages; the whole model without pp."""
@@ -61,13 +68,20 @@ class Run:
     shards: list[Shard]
     """This rank's part of every parameter."""
     optimizer: torch.optim.Optimizer
-    loader: Loader
-    held_out: Callable[[], list[Batch]]
-    """This rank's held-out rows, the same every time."""
+    loader: Prefetcher
+    held_out: Callable[[RunConfig], list[Batch]]
+    """This rank's held-out rows, the same for every time that a stage evaluates."""
+    biases: dict[str, Tensor]
+    """Router biases of this rank's layers by the names that a checkpoint has for them; {} if unused."""
     progress: RunProgress
     stop: StopRequest
     metrics: MetricsWriter | None
     """Rank 0 only."""
+
+    @property
+    def cfg(self) -> RunConfig:
+        """The configuration as it holds in the present stage."""
+        return self.stage.cfg
 
     @property
     def routers(self) -> list[Router]:
@@ -77,7 +91,7 @@ class Run:
     @property
     def layers(self) -> list[int]:
         """Numbers of this rank's layers."""
-        return [int(layer) for part in self.parts for layer in part.blocks]
+        return [router.layer for router in self.routers]
 
     @property
     def run_dir(self) -> Path:
@@ -87,54 +101,74 @@ class Run:
     @property
     def total_tokens(self) -> int:
         """Input tokens of the whole run."""
-        return self.cfg.train.steps * self.cfg.batch.global_tokens
+        return tokens_at(self.stages, total_steps(self.stages))
 
 
-def build_run(cfg: RunConfig, mesh: Mesh, stop: StopRequest, console: Console) -> Run:
-    """Build model, optimizer and data, and go on from a checkpoint where there is one.
+def build_run(stages: list[Stage], stage: Stage, mesh: Mesh, stop: StopRequest, console: Console) -> Run:
+    """Build model, optimizer and data for a stage, and go on from a checkpoint where there is one.
 
     Raises:
         ConfigError: data that do not fit the configuration.
         CheckpointError: no usable checkpoint where one is needed.
     """
+    cfg = stage.cfg
     run_dir = Path(cfg.run_dir)
     with user_errors():
-        loader, held_out = build_data(cfg, mesh)
+        loader, held_out = build_data(stages, stage, mesh)
     found = find_checkpoint(run_dir, cfg.checkpoint.resume)
     if mesh.rank == 0 and cfg.checkpoint.resume is Resume.never:
         set_results_aside(run_dir)
+    parts, shards = build_model(cfg, mesh)
+    engine = build_engine(parts, cfg, mesh)
+    optimizer = build_optimizer(shards, cfg.optimizer)
+    biases = {
+        f"router.bias.{router.layer}": router.bias
+        for part in parts
+        for router in part.routers()
+        if cfg.router.balancing is Balancing.bias
+    }
+    progress = RunProgress()
+    if found is not None:
+        manifest = load_checkpoint(found, shards=shards, optimizer=optimizer, biases=biases)
+        with user_errors():
+            progress = RunProgress(**manifest["progress"])
+            loader.load_state_dict(manifest["data"], step=progress.step)
+        log.info("resumed from %s", found)
+    metrics = None
+    if mesh.rank == 0:
+        metrics = MetricsWriter(
+            run_dir,
+            log_config=cfg.log,
+            console=console,
+            total_steps=total_steps(stages),
+            step=progress.step,
+        )
+        metrics.start_wandb(cfg.wandb, name=cfg.name, run_dir=run_dir, config=asdict(cfg))
+    return Run(
+        stages, stage, mesh, parts, engine, shards, optimizer, loader, held_out, biases, progress, stop,
+        metrics,
+    )  # fmt: skip
+
+
+def build_model(cfg: RunConfig, mesh: Mesh) -> tuple[list[Transformer], list[Shard]]:
+    """This rank's pipeline stages with their initial weights, and its part of every parameter."""
     count = count_parameters(cfg.model)
     log.info("model: %s parameters, %s active a token", f"{count.total:,}", f"{count.active:,}")
-    dtype = DTYPES[cfg.train.dtype]
-    parts = build_parts(cfg.model, cfg.parallel, mesh, row_tokens=cfg.batch.row_tokens)
+    parts = build_parts(cfg.model, cfg.parallel, mesh, row_tokens=cfg.batch.row_tokens, router=cfg.router)
     shards = parallelize(
         parts,
         mesh,
         cfg.parallel,
-        dtype=dtype,
+        dtype=DTYPES[cfg.train.dtype],
         seed=cfg.seed,
         recompute=cfg.train.recompute,
         offload=cfg.optimizer.offload,
+        overlap_groups=cfg.moe.overlap_groups,
     )
-    engine = build_engine(parts, cfg, mesh, dtype)
-    optimizer = build_optimizer(shards, cfg.optimizer)
-    progress = RunProgress()
-    if found is not None:
-        manifest = load_checkpoint(found, shards=shards, optimizer=optimizer)
-        with user_errors():
-            loader.load_state_dict(manifest["data"])
-        progress = RunProgress(**manifest["progress"])
-        log.info("resumed from %s", found)
-    metrics = None
-    if mesh.rank == 0:
-        metrics = MetricsWriter(run_dir, console=console, total_steps=cfg.train.steps, step=progress.step)
-        metrics.start_wandb(cfg.wandb, name=cfg.name, run_dir=run_dir, config=asdict(cfg))
-    return Run(cfg, mesh, parts, engine, shards, optimizer, loader, held_out, progress, stop, metrics)
+    return parts, shards
 
 
-def build_engine(
-    parts: list[Transformer], cfg: RunConfig, mesh: Mesh, dtype: torch.dtype
-) -> SingleStage | Pipeline:
+def build_engine(parts: list[Transformer], cfg: RunConfig, mesh: Mesh) -> SingleStage | Pipeline:
     """What runs forward and backward for batches of the configured size."""
     if mesh.pp.size == 1:
         return SingleStage(parts[0], zero_stage=cfg.parallel.zero_stage)
@@ -147,30 +181,50 @@ def build_engine(
         num_micro=cfg.num_micro_batches(mesh.dp.size),
         micro_rows=cfg.batch.micro_rows,
         row_tokens=cfg.batch.row_tokens,
-        dtype=dtype,
+        dtype=DTYPES[cfg.train.dtype],
     )
 
 
-def build_data(cfg: RunConfig, mesh: Mesh) -> tuple[Loader, Callable[[], list[Batch]]]:
-    """The training loader, and a function that reads the held-out rows."""
-    sources = [(TokenDataset(source.path), source.weight) for source in cfg.data.sources]
-    common: dict[str, Any] = {
-        "row_tokens": cfg.batch.row_tokens,
-        "micro_rows": cfg.batch.micro_rows,
+def enter_stage(run: Run, stage: Stage) -> None:
+    """Go on with a stage of the same layout: its sizes, its schedule of micro-batches, its RoPE base."""
+    run.stage = stage
+    for part in run.parts:
+        part.rope_theta = stage.cfg.model.rope_theta
+    run.engine = build_engine(run.parts, stage.cfg, run.mesh)
+    log.info("stage %s: %d tokens a row, %d a step", stage.name, *stage.sizes)
+
+
+def build_data(
+    stages: list[Stage], stage: Stage, mesh: Mesh
+) -> tuple[Prefetcher, Callable[[RunConfig], list[Batch]]]:
+    """The training data of all stages, and a function that reads a stage's held-out rows."""
+    cfg = stage.cfg
+    datasets = [TokenDataset(source.path) for source in cfg.data.sources]
+    where: dict[str, Any] = {
         "rank": mesh.dp.rank,
         "size": mesh.dp.size,
         "vocab_size": cfg.model.vocab_size,
-        "eval_fraction": cfg.data.eval_fraction,
     }
-    rows = cfg.batch.global_tokens // cfg.batch.row_tokens
-    loader = Loader(sources, split="train", global_rows=rows, seed=cfg.seed, **common)
 
-    def held_out() -> list[Batch]:
-        return Loader(sources, split="eval", global_rows=cfg.eval.rows, seed=0, **common).next_step()
+    def plan(number: int) -> tuple[Shape, Mixture]:
+        at = stage_of(stages, number)
+        batch = at.cfg.batch
+        rows = batch.global_tokens // batch.row_tokens
+        return Shape(batch.row_tokens, rows, batch.micro_rows), at.mixture_at(tokens_at(stages, number))
+
+    def held_out(cfg: RunConfig) -> list[Batch]:
+        shape = Shape(cfg.batch.row_tokens, cfg.eval.rows, cfg.batch.micro_rows)
+        return Loader(datasets, cfg.data, split="eval", shape=shape, seed=0, **where).next_step()
 
     if cfg.eval.every is not None:
-        held_out()  # an empty split is an error now, not at the first evaluation
-    return loader, held_out
+        held_out(cfg)  # an empty split is an error now, not at the first evaluation
+    shape, _ = plan(stage.first_step)
+    buckets = any(one.own.length_shares is not None for one in stages)
+    loader = Loader(datasets, cfg.data, split="train", shape=shape, seed=cfg.seed, buckets=buckets, **where)
+    for one in stages:
+        if one.cfg.parallel == cfg.parallel:
+            loader.check(plan(one.first_step)[0], one.own)
+    return Prefetcher(loader, plan, step=stage.first_step, device=mesh.device), held_out
 
 
 def device_type(device: Device) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from parallel.collectives import barrier
 from parallel.mesh import Mesh
@@ -68,6 +69,7 @@ def save_checkpoint(
     *,
     shards: Sequence[Shard],
     optimizer: torch.optim.Optimizer,
+    biases: Mapping[str, Tensor],
     mesh: Mesh,
     facts: Mapping[str, Any],
     keep: int | None,
@@ -75,6 +77,7 @@ def save_checkpoint(
     """Write `checkpoints/step-N` together with the other ranks, then remove what `keep` no longer covers.
 
     Args:
+        biases: of the routers, the same on all ranks of a stage.
         facts: JSON values for the manifest: progress, data position, configuration.
     """
     root = run_dir / "checkpoints"
@@ -83,7 +86,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
     barrier(mesh.world)
     mine = [shard for shard in shards if shard.is_first]
-    write_shard(temporary, mesh.rank, _boxes(mine, optimizer))
+    write_shard(temporary, mesh.rank, _boxes(mine, optimizer, {} if mesh.stage.rank else biases))
     barrier(mesh.world)
     if mesh.rank == 0:
         commit(temporary, final, mesh.world_size, {"step": step, "git_commit": _git_commit(), **facts})
@@ -111,12 +114,22 @@ def find_checkpoint(run_dir: Path, resume: Resume) -> Path | None:
     return newest[1]
 
 
+def saved_step(run_dir: Path, resume: Resume) -> int:
+    """Step that a run goes on from; 0 if it starts. All ranks see the same folders.
+
+    Raises:
+        NoCheckpointError: `must`, and there is none.
+    """
+    found = find_checkpoint(run_dir, resume)
+    return 0 if found is None else int(found.name.removeprefix("step-"))
+
+
 def load_checkpoint(
-    path: Path, *, shards: Sequence[Shard], optimizer: torch.optim.Optimizer
+    path: Path, *, shards: Sequence[Shard], optimizer: torch.optim.Optimizer, biases: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """Fill weights and moments from a checkpoint of any layout; the manifest's facts."""
+    """Fill weights, moments and router biases from a checkpoint of any layout; the manifest's facts."""
     manifest = read_manifest(path)
-    read_boxes(path, manifest, _boxes(shards, optimizer))
+    read_boxes(path, manifest, _boxes(shards, optimizer, biases))
     set_step(optimizer, shards, manifest["progress"]["optimizer_steps"])
     publish(shards)
     return manifest
@@ -136,14 +149,16 @@ def set_results_aside(run_dir: Path) -> None:
     log.warning("checkpoint.resume=never: earlier results moved to %s", target)
 
 
-def _boxes(shards: Sequence[Shard], optimizer: torch.optim.Optimizer) -> dict[str, Box]:
+def _boxes(
+    shards: Sequence[Shard], optimizer: torch.optim.Optimizer, biases: Mapping[str, Tensor]
+) -> dict[str, Box]:
     """This rank's part of all that is saved as tensors."""
     boxes = {f"model.{s.name}": Box(s.master, s.shape, s.offset) for s in shards}
     state = moments(optimizer, shards)
     for key, tensor in state.items():
         place = boxes[f"model.{key.partition('.')[2]}"]
         boxes[key] = Box(tensor, place.shape, place.offset)
-    return boxes
+    return boxes | {key: Box(bias, tuple(bias.shape), (0,)) for key, bias in biases.items()}
 
 
 def _git_commit() -> str | None:

@@ -20,9 +20,11 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from data.config import DataConfig
 from model.config import ModelConfig, RouterConfig
-from parallel.config import SPLIT_BACKWARD, ParallelConfig, Recompute, Schedule, num_stages
+from parallel.config import SPLIT_BACKWARD, MoEConfig, ParallelConfig, Recompute, Schedule, num_stages
 from train.checkpoint import CheckpointConfig
-from train.metrics import LogConfig, WandbConfig
+from train.curriculum import StageConfig
+from train.dashboards import WandbConfig
+from train.metrics import LogConfig
 from train.optimizer import OptimizerConfig
 from train.schedule import ScheduleConfig
 
@@ -34,14 +36,14 @@ class ConfigError(ValueError):
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """A ValueError from here concerns what the user gave."""
+def user_errors(where: str = "") -> Iterator[None]:
+    """A ValueError from here concerns what the user gave; `where` says in which part of it."""
     try:
         yield
-    except ConfigError:
-        raise
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        if isinstance(error, ConfigError) and not where:
+            raise
+        raise ConfigError(f"{where}{error}") from error
 
 
 class Precision(StrEnum):
@@ -75,8 +77,8 @@ class BatchConfig:
 class TrainConfig:
     """How long and in which arithmetic."""
 
-    steps: int = MISSING
-    """Optimizer steps of the whole run."""
+    steps: int | None = None
+    """Optimizer steps of the whole run; null = to the curriculum's end."""
     dtype: Precision = Precision.bf16
     """What the model computes in."""
     recompute: Recompute = Recompute.none
@@ -109,12 +111,15 @@ class RunConfig:
     """Of initial weights and data order."""
     model: ModelConfig = MISSING
     router: RouterConfig = field(default_factory=RouterConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    curriculum: list[StageConfig] = field(default_factory=list)
+    """Stages, one after the other; none = one stage of train.steps."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -123,6 +128,10 @@ class RunConfig:
     def num_micro_batches(self, dp: int) -> int:
         """Micro-batches of a step on each of dp data-parallel ranks."""
         return self.batch.global_tokens // (self.batch.row_tokens * self.batch.micro_rows * dp)
+
+    def pool_groups(self, world_size: int) -> int:
+        """EP groups that share their experts' capacity."""
+        return self.router.groups_in_pool(self.parallel.edp(world_size))
 
     def validate(self, world_size: int) -> None:
         """Check what concerns several parts or the world size.
@@ -133,11 +142,12 @@ class RunConfig:
         with user_errors():
             dp = self.parallel.dp(world_size)
             edp = self.parallel.edp(world_size)
+            self.pool_groups(world_size)
         positive = {
             "batch.row_tokens": self.batch.row_tokens,
             "batch.micro_rows": self.batch.micro_rows,
             "batch.global_tokens": self.batch.global_tokens,
-            "train.steps": self.train.steps,
+            "train.steps": 1 if self.train.steps is None else self.train.steps,
             "eval.every": 1 if self.eval.every is None else self.eval.every,
             "eval.rows": self.eval.rows,
         }
@@ -275,6 +285,10 @@ def rewrite_conf(argv: list[str], env: Mapping[str, str]) -> list[str]:
                     f"conf={value}: no such run{_suggest(value, run_names())}; there are {run_names()}"
                 )
             args.append(f"run={value}")
+        elif key == "curriculum" and value.startswith("["):
+            raise ConfigError(
+                "curriculum=[...]: stages belong in a file; use curriculum=NAME or conf=FILE.yaml"
+            )
         elif key.startswith(("+", "~")) and not key.lstrip("+~").startswith("hydra"):
             raise ConfigError(f"{arg}: keys are declared fields; adding or deleting one is refused")
         else:

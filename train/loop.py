@@ -8,44 +8,57 @@ import torch
 
 from data.packing import Batch
 from model.flops import training_flops_per_token
-from parallel.pipeline import gather_layers
-from train.build import Run
+from train.build import Run, enter_stage
 from train.checkpoint import save_checkpoint
 from train.config import user_errors
-from train.metrics import Throughput, max_violation, peak_flops
+from train.expert_counts import read_counts
+from train.metrics import Throughput, peak_flops
 from train.signals import Ending
+from train.stages import stage_of, total_steps
 from train.step import StepResult, evaluate, train_step
 
 log = logging.getLogger(__name__)
 
 
-def train(run: Run) -> Ending:
-    """Train to the last step or to a stop request; either way the last thing done is a checkpoint."""
-    cfg, progress = run.cfg, run.progress
-    if progress.step >= cfg.train.steps:
-        log.info("finished: %s is at step %d of train.steps=%d", run.run_dir, progress.step, cfg.train.steps)
-        return Ending.DONE
+def train(run: Run) -> tuple[Ending, str]:
+    """Train to the last step, a stop request or a stage on another layout; the last thing done is a save.
+
+    Returns:
+        How the run ended, and why.
+    """
+    progress, end = run.progress, total_steps(run.stages)
+    if progress.step >= end:
+        log.info("finished: %s is at step %d of %d", run.run_dir, progress.step, end)
+        return Ending.DONE, "the last step was reached before"
     recorder = Recorder(run)
     while True:
         with user_errors():
             batches = run.loader.next_step()
         result = train_step(run, batches)
         recorder.observe(batches, result)
-        step, last = progress.step, progress.step >= cfg.train.steps
+        cfg, step, last = run.cfg, progress.step, progress.step >= end
         eval_loss = None
         if cfg.eval.every is not None and (last or step % cfg.eval.every == 0):
             with recorder.throughput.paused():
                 eval_loss = evaluate(run)
         if step == 1 or last or step % cfg.log.every == 0 or eval_loss is not None:
             recorder.record(result, eval_loss)
-        if last or result.stop or (cfg.checkpoint.every is not None and step % cfg.checkpoint.every == 0):
+        following = stage_of(run.stages, step)
+        moves = not last and following.cfg.parallel != cfg.parallel
+        is_due = cfg.checkpoint.every is not None and step % cfg.checkpoint.every == 0
+        if last or result.stop or moves or is_due:
             with recorder.throughput.paused():
                 save(run)
         if last:
-            return Ending.DONE
+            return Ending.DONE, "train.steps reached"
         if result.stop:
             log.warning("asked to stop: saved step %d", step)
-            return Ending.REQUEUE
+            return Ending.REQUEUE, run.stop.signal_name or "asked to stop by another rank"
+        if moves:
+            log.info("stage %s runs on another layout: start the same command again", following.name)
+            return Ending.REQUEUE, f"curriculum stage {following.name} runs on another layout"
+        if following is not run.stage:
+            enter_stage(run, following)
 
 
 def save(run: Run) -> None:
@@ -61,6 +74,7 @@ def save(run: Run) -> None:
         run.progress.step,
         shards=run.shards,
         optimizer=run.optimizer,
+        biases=run.biases,
         mesh=run.mesh,
         facts=facts,
         keep=run.cfg.checkpoint.keep,
@@ -74,10 +88,11 @@ class Recorder:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.throughput = Throughput(run.progress.tokens)
-        self.squares = self.lengths = self.skipped = 0
+        self.squares = self.lengths = self.skipped = self.steps = 0
 
     def observe(self, batches: Sequence[Batch], result: StepResult) -> None:
         """Note what a step did, and its document lengths: attention's work depends on them."""
+        self.steps += 1
         self.skipped += result.skipped
         for batch in batches:
             lengths = batch.offsets.diff(dim=1).double()
@@ -89,8 +104,9 @@ class Recorder:
     def record(self, result: StepResult, eval_loss: float | None) -> None:
         """Write one record and start the next interval."""
         run, cfg, progress = self.run, self.run.cfg, self.run.progress
-        load = self._all_layers([router.load for router in run.routers])
-        aux_loss = self._all_layers([router.aux_loss for router in run.routers]).mean().item()
+        num_micro = cfg.num_micro_batches(run.mesh.dp.size)
+        experts = read_counts(run.routers, run.layers, cfg.model.num_layers, num_micro, run.mesh.world)
+        counts = run.loader.read_counts()
         speed = self.throughput.read(progress.tokens)
         flops = training_flops_per_token(cfg.model, self.squares / self.lengths)
         peak, cuda = peak_flops(run.mesh.device), run.mesh.device.type == "cuda"
@@ -98,7 +114,6 @@ class Recorder:
             "step": progress.step,
             "tokens": progress.tokens,
             "loss": result.loss,
-            "aux_loss": aux_loss / cfg.num_micro_batches(run.mesh.dp.size),
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "row_tokens": cfg.batch.row_tokens,
@@ -106,25 +121,14 @@ class Recorder:
             "tokens_per_second": speed,
             "mfu": speed * flops / (peak * run.mesh.world_size) if peak else None,
             "max_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-            "drop_rate": 0.0,  # the router is dropless
-            "max_violation": max_violation(load),
             "skipped": self.skipped,
+            "padding": counts.padding_fraction,
+            "truncated_tokens": counts.truncated_tokens,
+            "data_wait_ms": 1000 * run.loader.read_wait_seconds() / self.steps,
+            **experts.summary(),
         }
         if eval_loss is not None:
             record["eval_loss"] = eval_loss
         if run.metrics is not None:
-            experts = {
-                "step": progress.step,
-                "load": load.tolist(),
-                "dropped": torch.zeros_like(load).tolist(),
-                "moved": [0] * cfg.model.num_layers,
-            }
-            run.metrics.write(record, experts)
-        for router in run.routers:
-            router.load.zero_()
-        self.squares = self.lengths = self.skipped = 0
-
-    def _all_layers(self, values: list[torch.Tensor]) -> torch.Tensor:
-        """[num_layers, ...] of all pipeline stages."""
-        run = self.run
-        return gather_layers(torch.stack(values), run.layers, run.cfg.model.num_layers, run.mesh.pp)
+            run.metrics.write(record, {"step": progress.step, **experts.record()})
+        self.squares = self.lengths = self.skipped = self.steps = 0

@@ -1,22 +1,22 @@
-"""What a run says about itself: a record a logged step on console, in metrics.jsonl, experts.jsonl, wandb.
+"""What a run says about itself: a record a logged step on console, in metrics.jsonl and experts.jsonl.
 
 Only rank 0 writes. A record is made from device values once an interval; nothing here can stop the run.
 """
 
 import json
 import logging
-import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from train.dashboards import Dashboard, ExpertWatch, WandbConfig
 
 log = logging.getLogger(__name__)
 
@@ -24,35 +24,25 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "B200": 2250e12, "
 """Dense bf16 FLOP/s by a part of the device's name (vendor data sheets)."""
 
 
-class WandbMode(StrEnum):
-    """Where wandb's data goes."""
-
-    online = "online"
-    offline = "offline"
-    disabled = "disabled"
-
-
 @dataclass(kw_only=True)
 class LogConfig:
-    """How often a run speaks."""
+    """How often a run speaks, and what it warns about."""
 
     every: int = 10
     """Steps between records; step 1 and the last step always have one."""
+    dead_after: int | None = 3
+    """Records in a row without a choice after which an expert counts as dead; null = never."""
+    max_drop_rate: float | None = 0.1
+    """Dropped / all choices since the last record above which a run warns; null = never."""
 
     def __post_init__(self) -> None:
-        """Check the range."""
+        """Check the ranges."""
         if self.every < 1:
             raise ValueError(f"log.every={self.every} must be at least 1")
-
-
-@dataclass(kw_only=True)
-class WandbConfig:
-    """Weights & Biases, from rank 0 only."""
-
-    mode: WandbMode = WandbMode.disabled
-    """online, offline (sync later) or disabled."""
-    project: str = "longspan"
-    """Project of the run."""
+        if self.dead_after is not None and self.dead_after < 1:
+            raise ValueError(f"log.dead_after={self.dead_after} must be at least 1, or null")
+        if self.max_drop_rate is not None and not 0 <= self.max_drop_rate <= 1:
+            raise ValueError(f"log.max_drop_rate={self.max_drop_rate} must lie in [0, 1], or null")
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -79,15 +69,18 @@ def truncate_records(path: Path, step: int) -> None:
 
 
 class MetricsWriter:
-    """Sends records to the files, the console and wandb."""
+    """Sends records to the files, the console and wandb, and alerts to the last two."""
 
-    def __init__(self, run_dir: Path, *, console: Console, total_steps: int, step: int) -> None:
+    def __init__(
+        self, run_dir: Path, *, log_config: LogConfig, console: Console, total_steps: int, step: int
+    ) -> None:
         """Continue the files of `run_dir` after `step`."""
         self.console = console
         self.files = {name: run_dir / f"{name}.jsonl" for name in ("metrics", "experts")}
         for path in self.files.values():
             truncate_records(path, step)
-        self.wandb: Any = None
+        self.watch = ExpertWatch(dead_after=log_config.dead_after, max_drop_rate=log_config.max_drop_rate)
+        self.dashboard: Dashboard | None = None
         self.progress = _progress_bar(console) if console.is_terminal else None
         if self.progress is not None:
             self.task = self.progress.add_task("training", total=total_steps, completed=step, text="")
@@ -95,23 +88,7 @@ class MetricsWriter:
 
     def start_wandb(self, cfg: WandbConfig, *, name: str, run_dir: Path, config: Mapping[str, Any]) -> None:
         """Open the wandb run, the same one after a resume; a failure is a warning."""
-        if cfg.mode is WandbMode.disabled:
-            return
-        try:
-            import wandb
-
-            self.wandb = wandb.init(
-                project=cfg.project,
-                name=name,
-                id=_wandb_id(run_dir),
-                resume="allow",
-                dir=str(run_dir),
-                mode=cast(Any, cfg.mode.value),
-                config=dict(config),
-                settings=wandb.Settings(init_timeout=60, console="off"),
-            )
-        except Exception as error:  # whatever wandb meets, the run goes on
-            log.warning("wandb is off: %s", error)
+        self.dashboard = Dashboard(cfg, name=name, run_dir=run_dir, config=config)
 
     def advance(self, step: int) -> None:
         """Move the live display."""
@@ -127,22 +104,19 @@ class MetricsWriter:
         log.info("%s", text)
         if self.progress is not None:
             self.progress.update(self.task, text=f"loss {record['loss']:.4f}")
-        if self.wandb is not None:
-            try:
-                self.wandb.log({f"train/{key}": value for key, value in record.items()}, step=record["step"])
-            except Exception as error:  # as above
-                log.warning("wandb is off from step %d: %s", record["step"], error)
-                self.wandb = None
+        if self.dashboard is not None:
+            self.dashboard.write(record, experts)
+        for alert in self.watch.feed(record, experts):
+            log.warning("%s at %s", alert.title, alert.text)
+            if self.dashboard is not None:
+                self.dashboard.alert(alert)
 
     def close(self) -> None:
         """End the live display and the wandb run."""
         if self.progress is not None:
             self.progress.stop()
-        if self.wandb is not None:
-            try:
-                self.wandb.finish()
-            except Exception as error:  # as above
-                log.warning("wandb did not finish: %s", error)
+        if self.dashboard is not None:
+            self.dashboard.close()
 
 
 def console_line(record: Mapping[str, Any]) -> str:
@@ -160,6 +134,10 @@ def console_line(record: Mapping[str, Any]) -> str:
         parts.append(f"mfu {100 * record['mfu']:.1f}%")
     if record["max_memory_gib"] is not None:
         parts.append(f"mem {record['max_memory_gib']:.1f}GiB")
+    if record.get("drop_rate"):
+        parts.append(f"drop {100 * record['drop_rate']:.1f}%")
+    if "max_violation" in record:
+        parts.append(f"maxvio {record['max_violation']:.2f}")
     if record["skipped"]:
         parts.append(f"skipped {record['skipped']}")
     return "  ".join(parts)
@@ -186,11 +164,6 @@ class Throughput:
         return speed
 
 
-def max_violation(load: torch.Tensor) -> float:
-    """Largest max / mean - 1 of the expert load over the layers; load: [layers, experts]."""
-    return (load.amax(1) / load.double().mean(1) - 1).max().item()
-
-
 def _progress_bar(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
@@ -201,11 +174,3 @@ def _progress_bar(console: Console) -> Progress:
         console=console,
         transient=True,
     )
-
-
-def _wandb_id(run_dir: Path) -> str:
-    """The wandb id kept in the run directory, so that every restart continues one run."""
-    path = run_dir / "wandb_id"
-    if not path.exists():
-        path.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()

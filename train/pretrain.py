@@ -26,11 +26,12 @@ from parallel.mesh import (
     set_determinism,
 )
 from train.build import build_run, device_type
-from train.checkpoint import NoCheckpointError
+from train.checkpoint import NoCheckpointError, saved_step
 from train.config import ConfigError, RunConfig, explain, load_config, register_schema, rewrite_conf
 from train.log import set_up_logging
 from train.loop import train
 from train.signals import EXIT_CODES, Ending, StopRequest, clear_sentinels, write_sentinel
+from train.stages import build_stages, stage_of, validate_stages
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="pretrain")
@@ -51,16 +52,23 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
     run_dir, leader = Path(cfg.run_dir), launched_rank() == 0
     step = None
     try:
-        cfg.validate(launched_world_size())
+        stages = build_stages(cfg)
+        validate_stages(stages, launched_world_size())
+        stage = stage_of(stages, saved_step(run_dir, cfg.checkpoint.resume))
         stop = StopRequest().install()
         set_determinism(cfg.train.deterministic)
-        mesh = init_mesh(cfg.parallel, device_type(cfg.train.device))
+        mesh = init_mesh(
+            stage.cfg.parallel,
+            device_type(cfg.train.device),
+            pool_groups=stage.cfg.pool_groups(launched_world_size()),
+            overlaps=cfg.moe.overlap_groups > 1,
+        )
         if leader:
             run_dir.mkdir(parents=True, exist_ok=True)
             clear_sentinels(run_dir)
             (run_dir / "config.yaml").write_text(resolved, encoding="utf-8")
-        run = build_run(cfg, mesh, stop, console)
-        ending = train(run)
+        run = build_run(stages, stage, mesh, stop, console)
+        ending, reason = train(run)
         step = run.progress.step
     except (ConfigError, NoCheckpointError) as error:
         code = 3 if isinstance(error, NoCheckpointError) else 2
@@ -68,11 +76,6 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
         refuse(str(error), code)
     if run.metrics is not None:
         run.metrics.close()
-    reason = (
-        stop.signal_name or "asked to stop by another rank"
-        if ending is Ending.REQUEUE
-        else "train.steps reached"
-    )
     if leader:
         write_sentinel(run_dir, ending, code=EXIT_CODES[ending], step=step, reason=reason)
     close_mesh(mesh)

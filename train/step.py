@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from data.config import Packing
 from data.packing import Batch
 from parallel.collectives import all_reduce_sum
 from parallel.context import zigzag
@@ -14,7 +15,6 @@ from parallel.pipeline import MicroBatch
 from parallel.placement import collect_gradients, drop_gradients, publish
 from train.build import Run
 from train.optimizer import set_lr
-from train.schedule import lr_factor
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ def train_step(run: Run, batches: Sequence[Batch]) -> StepResult:
     cfg, progress = run.cfg, run.progress
     targets = all_reduce_sum(count_targets(batches).to(run.mesh.device), run.mesh.dp)
     for router in run.routers:
-        router.aux_loss.zero_()
-    aux_weight = cfg.router.aux_loss_coefficient / (len(batches) * cfg.model.num_layers)
-    loss = run.engine.forward_backward(local_batches(run, batches), targets, aux_weight)
+        router.begin_step()
+    loss_weight = 1 / (len(batches) * cfg.model.num_layers)
+    loss = run.engine.forward_backward(local_batches(run, batches), targets, loss_weight)
     loss /= run.mesh.tp.size  # every tp rank has the same losses
     collect_gradients(run.shards, run.mesh.tp)
     squares = square_sum(run.shards).to(run.mesh.device)
@@ -49,13 +49,15 @@ def train_step(run: Run, batches: Sequence[Batch]) -> StepResult:
     grad_norm = math.sqrt(square)
     skipped = not math.isfinite(loss_sum + grad_norm)
     progress.advance(cfg.batch.global_tokens, skipped=skipped)
-    lr = cfg.optimizer.lr * lr_factor(progress.tokens, run.total_tokens, cfg.schedule)
+    lr = run.stage.lr_at(progress.tokens, run.total_tokens)
     if not skipped:
         if grad_norm > cfg.optimizer.max_grad_norm:
             scale_gradients(run.shards, cfg.optimizer.max_grad_norm / grad_norm)
         set_lr(run.optimizer, lr)
         run.optimizer.step()
         publish(run.shards)
+        for router in run.routers:
+            router.end_step()
     drop_gradients(run.shards)
     return StepResult(loss_sum, grad_norm, lr, skipped, stops > 0)
 
@@ -65,7 +67,7 @@ def evaluate(run: Run) -> float:
     """Mean loss a target token over the held-out rows, the same rows every time."""
     for part in run.parts:
         part.eval()
-    batches = run.held_out()
+    batches = run.held_out(run.cfg)
     loss_sum = run.engine.loss_sum(local_batches(run, batches)) / run.mesh.tp.size
     for part in run.parts:
         part.train()
@@ -76,8 +78,18 @@ def evaluate(run: Run) -> float:
 def local_batches(run: Run, batches: Sequence[Batch]) -> list[MicroBatch]:
     """This rank's tokens of the micro-batches, on its device."""
     moved = [batch.to(run.mesh.device) for batch in batches]
-    cp = run.mesh.cp
-    return [MicroBatch(zigzag(b.tokens, cp), zigzag(b.targets, cp), b.offsets) for b in moved]
+    cp, first = run.mesh.cp, run.progress.step * len(batches)
+    is_padded = run.cfg.data.packing is Packing.best_fit
+    return [
+        MicroBatch(
+            zigzag(b.tokens, cp),
+            zigzag(b.targets, cp),
+            b.offsets,
+            torch.full((len(b.offsets),), number),
+            b.lengths if is_padded else None,
+        )
+        for number, b in enumerate(moved, start=first)
+    ]
 
 
 def count_targets(batches: Sequence[Batch]) -> torch.Tensor:

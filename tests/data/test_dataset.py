@@ -100,6 +100,29 @@ def test_fingerprint_is_of_the_content_not_the_place(tmp_path: Path) -> None:
     assert a == b != c
 
 
+def test_changed_byte_in_a_sampled_block_is_noticed(tmp_path: Path) -> None:
+    tokens = np.arange(1_000_000) % 100
+    with DatasetWriter(tmp_path / "d", vocab_size=100) as writer:
+        writer.add(tokens)
+    fingerprint, size = TokenDataset(tmp_path / "d").fingerprint, 2 * len(tokens)
+    for manifest in (True, False):
+        for place in (0, (size - 4096) * 7 // 63 + 4095, size - 1):
+            with (tmp_path / "d.bin").open("r+b") as file:
+                file.seek(place)
+                byte = file.read(1)
+                file.seek(place)
+                file.write(bytes([byte[0] ^ 1]))
+                file.flush()
+                if manifest:
+                    with pytest.raises(ValueError, match=rf"d\.bin or \.idx has changed.*{fingerprint}"):
+                        TokenDataset(tmp_path / "d")
+                else:
+                    assert TokenDataset(tmp_path / "d").fingerprint != fingerprint
+                file.seek(place)
+                file.write(byte)
+        (tmp_path / "d.json").unlink(missing_ok=True)
+
+
 def test_crash_while_writing_leaves_the_old_files_and_no_others(tmp_path: Path) -> None:
     write(tmp_path / "d", DOCUMENTS)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

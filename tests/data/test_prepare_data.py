@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from data.dataset import TokenDataset
 from data.tokenizer import load_tokenizer, train_tokenizer
-from scripts.prepare_data import main, train_on
+from scripts.prepare_data import REMEDIES, main, train_on
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 
@@ -52,6 +52,11 @@ def decoded(prefix: Path) -> list[str]:
         assert tokens[-1] == dataset.manifest["eos_id"] and dataset.manifest["eos_id"] not in tokens[:-1]
         texts.append(tokenizer.decode(tokens[:-1].tolist()))
     return texts
+
+
+def quarantined(prefix: Path) -> list[tuple[str, int, str, str]]:
+    lines = Path(f"{prefix}.quarantine.jsonl").read_text().splitlines()
+    return [tuple(json.loads(line)[key] for key in ("file", "line", "reason", "text")) for line in lines]
 
 
 def write_input(folder: Path, kind: str) -> str:
@@ -97,7 +102,7 @@ def test_empty_documents_are_skipped_and_counted(
     (tmp_path / "a.jsonl").write_text('{"body": ""}\n{"body": "x"}\n{"body": ""}\n')
     assert run(tmp_path / "a.jsonl", tmp_path / "d", tokenizer, "--text-key", "body") == 0
     assert "d: 1 documents, 2 tokens, 0.50 bytes/token" in (out := capsys.readouterr().out)
-    assert "skipped 2 empty and 0 undecodable" in out and decoded(tmp_path / "d") == ["x"]
+    assert "refused 2 empty (" in out and decoded(tmp_path / "d") == ["x"]
 
 
 def test_several_globs_are_read_in_the_order_given(tmp_path: Path, tokenizer: Path) -> None:
@@ -143,31 +148,7 @@ BAD_INPUTS = {
     "nothing": ("none-*.txt", b"", "no file matches"),
     "nothing.jsonl": ("none.jsonl", b"", "no file matches"),
     "a.csv": ("a.csv", b"x", "unknown kind of file"),
-    "bad.jsonl": ("bad.jsonl", b'{"text": "x"}\n\n{"text": \n', "bad.jsonl:3: no JSON: Expecting value"),
-    "list.jsonl": (
-        "list.jsonl",
-        b'["text"]\n',
-        "list.jsonl:1: no string under the key 'text'; name the key: --text-key",
-    ),
-    "key.jsonl": (
-        "key.jsonl",
-        b'{"text": "x"}\n{"body": "x"}\n',
-        "key.jsonl:2: no string under the key 'text'",
-    ),
-    "number.jsonl": (
-        "number.jsonl",
-        b'{"text": "x"}\n{"text": 5}\n',
-        "number.jsonl:2: no string under the key 'text'",
-    ),
-    "latin.jsonl": (
-        "latin.jsonl",
-        '{"text": "ä"}'.encode("latin-1"),
-        "latin.jsonl:1: no JSON: 'utf-8' codec",
-    ),
-    "latin.txt": ("latin.txt", "ä".encode("latin-1"), "latin.txt: 'utf-8' codec"),
-    "coding.py": ("coding.py", b"# coding: nonsense\n", "coding.py: unknown encoding"),
-    "no.parquet": ("no.parquet", b"not parquet at all", "no.parquet: Parquet magic bytes not found"),
-    "empty.txt": ("empty.txt", b"", "every document is empty"),
+    "empty.txt": ("empty.txt", b"", "nothing to train on; refused 1 empty; "),
 }
 
 
@@ -184,15 +165,135 @@ def test_bad_input_is_one_line_and_code_2(
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
+LATIN = "ä".encode("latin-1")
+REFUSED = {  # file: content, then line, reason and excerpt of each refusal; one document is left
+    "bad.jsonl": (b'{"text": "x"}\n\n{"text": \n', [(3, "malformed JSON", '{"text": \n')]),
+    "deep.jsonl": (b"[" * 99_999 + b'\n{"text": "x"}', [(1, "malformed JSON", "[" * 200)]),
+    "list.jsonl": (b'["text"]\n{"text": "x"}\n', [(1, "no text field", "['text']")]),
+    "key.jsonl": (b'{"text": "x"}\n{"body": "x"}\n', [(2, "no text field", "{'body': 'x'}")]),
+    "number.jsonl": (
+        b'{"text": 5}\n{"text": "x"}\n{"text": null}',
+        [(1, "wrong type of text", "5"), (3, "wrong type of text", "None")],
+    ),
+    "latin.jsonl": (b'{"text": "x"}\n{"text": "' + LATIN, [(2, "invalid UTF-8", '{"text": "\\xe4')]),
+    "half.jsonl": (b'{"text": "x"}\n{"text": "\\ud800"}', [(2, "invalid UTF-8", "\ud800")]),
+    "empty.jsonl": (b'{"text": ""}\n{"text": "x"}', [(1, "empty", "")]),
+    "long.jsonl": (
+        b'{"text": "' + b"y" * 2_000_000 + b'"}\n{"text": "x"}\n',
+        [(1, "too long", '{"text": "' + "y" * 190)],
+    ),
+    "latin.txt": (b"a\nb\n" + LATIN, [(3, "invalid UTF-8", "\\xe4")]),
+    "long.txt": ("☃".encode() * 40_000, [(1, "too long", "☃" * 66 + "\\xe2\\x98")]),
+    "empty.txt": (b"", [(1, "empty", "")]),
+    "bytes.py": (b"# a\n# b\n# c\n" + LATIN, [(4, "invalid UTF-8", "\\xe4")]),
+    "first.py": (b"# a\n" + LATIN, [(2, "invalid UTF-8", "\\xe4")]),
+    "coding.py": (b"# coding: nonsense\n" + LATIN, [(2, "invalid UTF-8", "\\xe4")]),
+    "codec.py": (b"# coding: hex\n" + LATIN, [(2, "invalid UTF-8", "\\xe4")]),
+    "no.parquet": (
+        b"not parquet at all",
+        [
+            (
+                1,
+                "unreadable parquet",
+                "Parquet magic bytes not found in footer. Either the file is corrupted or this is not a "
+                "parquet file.",
+            )
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_input_is_quarantined_with_its_place_and_strict_ends_there(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    content, expected = REFUSED[name]
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "zz.txt").write_text("x")
+    limit = ["--max-document-bytes", "100000"]
+    assert run(tmp_path / "*.*", tmp_path / "out" / "d", tokenizer, *limit) == 0
+    assert quarantined(tmp_path / "out" / "d") == [(f"{tmp_path}/{name}", *what) for what in expected]
+    assert decoded(tmp_path / "out" / "d") == ["x"] * (1 + name.endswith(".jsonl"))
+    counted = f"; refused {len(expected)} {expected[0][1]} ({tmp_path}/out/d.quarantine.jsonl)\n"
+    assert capsys.readouterr().out.endswith(counted)
+
+    assert run(tmp_path / "*.*", tmp_path / "strict" / "d", tokenizer, *limit, "--strict") == 2
+    line, reason, _ = expected[0]
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"prepare_data: error: {tmp_path}/{name}:{line}: {reason}: ")
+    assert f"; {REMEDIES[reason]}, or leave out --strict" in error
+    assert list((tmp_path / "strict").iterdir()) == []
+
+
 @pytest.mark.parametrize(
-    ("column", "values", "row"), [("body", ["x"], 1), ("text", ["x", None], 2), ("text", [5], 1)]
+    ("column", "rows", "reason"),
+    [
+        (pa.array(["x", None]), [2], "wrong type of text"),
+        (pa.array([5, 6]), [1, 2], "wrong type of text"),
+        (None, [1], "no text field"),
+        (pa.array([b"x", b"\xff", b"z"]).cast(pa.binary()).view(pa.string()), [2], "invalid UTF-8"),
+    ],
 )
 def test_parquet_without_text_names_the_row(
-    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str], column: str, values: list, row: int
+    tmp_path: Path, tokenizer: Path, column: pa.Array | None, rows: list[int], reason: str
 ) -> None:
-    pq.write_table(pa.table({column: values}), tmp_path / "a.parquet")
-    assert run(tmp_path / "a.parquet", tmp_path / "d", tokenizer) == 2
-    assert f"a.parquet:{row}: no string under the key 'text'" in capsys.readouterr().err
+    table = pa.table({"body": ["x"]} if column is None else {"text": column})
+    pq.write_table(table, tmp_path / "a.parquet")
+    (tmp_path / "z.txt").write_text("left")
+    assert run(tmp_path / "*.*", tmp_path / "d", tokenizer) == 0
+    assert [what[:3] for what in quarantined(tmp_path / "d")] == [
+        (f"{tmp_path}/a.parquet", row, reason) for row in rows
+    ]
+    assert len(decoded(tmp_path / "d")) == table.num_rows - len(rows) + 1
+
+
+def test_damaged_row_group_is_refused_row_by_row_and_the_next_is_read(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": TEXTS[:9]}), file, row_group_size=3, use_dictionary=False)
+    column = pq.ParquetFile(file).metadata.row_group(1).column(0)
+    with file.open("r+b") as data:
+        data.seek(column.data_page_offset)
+        data.write(b"\xff" * column.total_compressed_size)
+    assert run(file, tmp_path / "d", tokenizer) == 0
+    assert [what[1:3] for what in quarantined(tmp_path / "d")] == [
+        (row, "unreadable parquet") for row in (4, 5, 6)
+    ]
+    assert decoded(tmp_path / "d") == TEXTS[:3] + TEXTS[6:9]
+
+
+def test_quarantine_is_the_same_for_any_workers_bounded_and_removed_when_stale(
+    tmp_path: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [json.dumps({"text": text if i % 5 else ["", 1][i % 2]}) for i, text in enumerate(TEXTS * 2)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "good.txt").write_text("good")
+    monkeypatch.setattr("scripts.prepare_data.QUARANTINE_LINES", 60)
+    for workers in ("1", "2"):
+        assert run(tmp_path / "a.jsonl", tmp_path / workers, tokenizer, "--workers", workers) == 0
+        assert "; refused 50 empty, 50 wrong type of text (" in capsys.readouterr().out
+        assert [what[1] for what in quarantined(tmp_path / workers)] == list(range(1, 301, 5))
+    one, two = ((tmp_path / f"{workers}.quarantine.jsonl").read_bytes() for workers in "12")
+    assert one == two
+    assert run(tmp_path / "good.txt", tmp_path / "1", tokenizer) == 0
+    assert capsys.readouterr().out.endswith("; refused nothing\n")
+    assert not (tmp_path / "1.quarantine.jsonl").exists()
+
+
+def test_text_that_the_tokenizer_drops_is_refused_with_its_place(tmp_path: Path, tokenizer: Path) -> None:
+    text = (tokenizer / "tokenizer.json").read_text()
+    stripping = json.loads(text) | {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}
+    (tmp_path / "t.json").write_text(json.dumps(stripping))
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n\n{"text": " "}\n')
+    assert run(tmp_path / "a.jsonl", tmp_path / "d", tmp_path / "t.json") == 0
+    assert quarantined(tmp_path / "d") == [(f"{tmp_path}/a.jsonl", 3, "no tokens", "")]
+
+
+def test_required_options_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--input", "a.txt"])
+    assert "required: --output, --tokenizer" in capsys.readouterr().err
 
 
 def test_missing_tokenizer_is_found_before_the_input_is_read(
@@ -241,4 +342,5 @@ def test_standard_library_is_found_and_undecodable_files_are_counted(
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path / "lib"))
     assert run("python-stdlib", tmp_path / "d", tokenizer) == 0
     assert decoded(tmp_path / "d") == ["# coding: latin-1\n# ä", "# z", "# b"]
-    assert "skipped 0 empty and 1 undecodable documents" in capsys.readouterr().out
+    assert "refused 1 invalid UTF-8 (" in capsys.readouterr().out
+    assert quarantined(tmp_path / "d") == [(f"{tmp_path}/lib/a/bad.py", 1, "invalid UTF-8", "\\xff")]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.dataset import TokenDataset
-from data.stream import TokenStream, split_documents
+from data.stream import DocumentOrder, TokenStream, split_documents
 
 MakeDataset = Callable[..., TokenDataset]
 LENGTHS = [3, 0, 1, 7, 2, 0, 5, 40, 1, 1]
@@ -21,7 +21,8 @@ def dataset(make_dataset: MakeDataset) -> TokenDataset:
 def stream_of(
     dataset: TokenDataset, *, split: str = "train", eval_fraction: float = 0.3, seed: int = 1
 ) -> TokenStream:
-    return TokenStream(dataset, split=split, eval_fraction=eval_fraction, seed=seed, source=0)
+    documents = split_documents(dataset.document_lengths, split=split, eval_fraction=eval_fraction)
+    return TokenStream(dataset, DocumentOrder(dataset.document_lengths, documents, key=(seed, 0)))
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
@@ -57,8 +58,8 @@ def test_order_depends_on_seed_and_source_and_is_frozen(make_dataset: MakeDatase
     dataset = make_dataset([1] * 12)
 
     def order(seed: int, source: int) -> list[int]:
-        stream = TokenStream(dataset, split="train", eval_fraction=0, seed=seed, source=source)
-        return stream.read(0, count=12).tokens.tolist()
+        order = DocumentOrder(dataset.document_lengths, np.arange(12), key=(seed, source))
+        return TokenStream(dataset, order).read(0, count=12).tokens.tolist()
 
     assert order(1, 0) == FROZEN_ORDER, "a saved run would not see the same data again"
     assert len({tuple(order(seed, source)) for seed in (1, 2) for source in (0, 1)}) == 4
@@ -97,14 +98,13 @@ def test_dataset_smaller_than_a_row_repeats_inside_it(make_dataset: MakeDataset)
     assert len(span.starts) >= 199
 
 
-@pytest.mark.parametrize(
-    ("lengths", "split", "fraction"), [([4], "eval", 0.5), ([4, 4], "eval", 0), ([0], "train", 0.1)]
-)
-def test_empty_split_is_refused(
-    make_dataset: MakeDataset, lengths: list[int], split: str, fraction: float
-) -> None:
-    dataset = make_dataset(lengths)
-    with pytest.raises(
-        ValueError, match=rf"{dataset.prefix}: the {split} split is empty .*data.eval_fraction"
-    ):
-        stream_of(dataset, split=split, eval_fraction=fraction)
+@given(st.integers(0, 700))
+def test_places_in_the_order_agree_with_the_tokens(dataset: TokenDataset, position: int) -> None:
+    stream = stream_of(dataset)
+    document, rest = stream.order.find(position)
+    span = stream.read(0, count=position + rest)
+    assert span.documents[-1] == document and span.ends[-1] == position + rest - 1
+    assert stream.order.index(position) == (span.ends < position).sum()
+    assert stream.order.index(position + rest) == len(span.ends)
+    ends = np.append(span.starts[1:], len(span.tokens)) - 1
+    assert span.ends.tolist() == ends.tolist()

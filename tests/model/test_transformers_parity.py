@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
-from model.config import LayerType, ModelConfig, SlopeRule
+from model.config import LayerType, ModelConfig, RouterConfig, SlopeRule
 from model.transformer import Transformer
 
 L, S = LayerType.lightning, LayerType.softmax
@@ -38,7 +38,7 @@ def make_config(**changes) -> ModelConfig:
 def make_pair(cfg: ModelConfig, seed: int) -> tuple[Transformer, MiniMaxForCausalLM]:
     """Our model with random weights, and theirs with the same ones."""
     torch.manual_seed(seed)
-    ours = Transformer(cfg)
+    ours = Transformer(cfg, router=RouterConfig(aux_loss_coefficient=1.0))
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.1 if parameter.dim() > 1 else 0.3)
         if parameter.dim() == 1:
@@ -133,11 +133,11 @@ def test_aux_loss_of_one_layer(kind: LayerType) -> None:
     ours, theirs = make_pair(cfg, seed=3)
     ids = torch.randint(101, (2, 50))
     weight = 0.25
-    loss = ours(ids, one_document(2, 50), targets=ids, aux_weight=weight).mean()
+    loss = ours(ids, one_document(2, 50), targets=ids, loss_weight=weight).mean()
     loss.backward()
     output = theirs(input_ids=ids, use_cache=False, output_router_logits=True)
     aux_loss = output.aux_loss / cfg.experts_per_token
-    torch.testing.assert_close(ours.routers()[0].aux_loss, aux_loss.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.routers()[0].losses[0], aux_loss.detach(), rtol=1e-5, atol=1e-6)
     (F.cross_entropy(output.logits.flatten(0, 1), ids.flatten()) + weight * aux_loss).backward()
     mine = ours.blocks["0"].moe.router.gate.weight.grad
     torch.testing.assert_close(mine, theirs.model.layers[0].mlp.gate.weight.grad, rtol=1e-4, atol=1e-6)

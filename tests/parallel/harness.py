@@ -7,23 +7,28 @@ import math
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.config import DataConfig, SourceConfig
-from model.config import ModelConfig
-from model.moe import Router
+from model.capacity import Admission
+from model.config import Balancing, ModelConfig, RouterConfig
+from model.moe import Micro, Router, Routing
 from model.transformer import Transformer
 from parallel.apply import build_parts, parallelize
 from parallel.collectives import all_reduce_sum
-from parallel.config import ParallelConfig, Schedule
+from parallel.config import MoEConfig, ParallelConfig, Recompute, Schedule
 from parallel.context import zigzag
 from parallel.grad import square_sum
 from parallel.mesh import Mesh, init_mesh, one_process
@@ -34,6 +39,10 @@ from train.config import BatchConfig, Precision, RunConfig, TrainConfig
 from train.optimizer import OptimizerConfig, build_optimizer
 
 STEPS = 3
+TINY = ModelConfig(
+    num_layers=4, hidden_size=16, num_heads=4, num_kv_heads=2, head_dim=4, rotary_dim=2, vocab_size=64,
+    num_experts=4, expert_ffn_size=8, softmax_every=2,
+)  # fmt: skip
 NEAR_TIE = 1e-5
 """Router logits closer than this may swap places between two orders of summation."""
 OPTIMIZER = OptimizerConfig(lr=3e-3, eps=1e-5)
@@ -55,6 +64,14 @@ class Case:
     pieces: int = 0
     """Documents like to end where a row is cut into so many; 0: into 2 cp, as context parallelism does."""
     seed: int = 0
+    router: RouterConfig = field(default_factory=lambda: RouterConfig(aux_loss_coefficient=0.1))
+    overlap_groups: int = 1
+    is_padded: bool = False
+
+    @property
+    def pool_groups(self) -> int:
+        """EP groups that share their experts' capacity."""
+        return self.router.groups_in_pool(self.parallel.edp(self.world_size))
 
     @property
     def world_size(self) -> int:
@@ -78,6 +95,8 @@ class Case:
             name="case",
             run_dir="nowhere",
             model=self.model,
+            router=self.router,
+            moe=MoEConfig(overlap_groups=self.overlap_groups),
             data=DataConfig(sources=[SourceConfig(path="nowhere")]),
             batch=BatchConfig(row_tokens=self.row_tokens, micro_rows=self.micro_rows, global_tokens=tokens),
             parallel=self.parallel,
@@ -87,7 +106,8 @@ class Case:
     def batches(self, step: int) -> list[MicroBatch]:
         """All micro-batches of a step: random tokens, targets and documents."""
         return list(_batches(self.model.vocab_size, self.row_tokens, self.rows, self.num_micro,
-                             self.pieces or 2 * self.parallel.cp, self.seed, step))  # fmt: skip
+                             self.pieces or 2 * self.parallel.cp, self.seed, step,
+                             self.is_padded))  # fmt: skip
 
 
 def describe(cfg: ParallelConfig, dp: int) -> str:
@@ -106,7 +126,7 @@ def alone() -> Mesh:
 
 @cache
 def _batches(
-    vocab: int, tokens: int, rows: int, num_micro: int, pieces: int, seed: int, step: int
+    vocab: int, tokens: int, rows: int, num_micro: int, pieces: int, seed: int, step: int, is_padded: bool
 ) -> tuple[MicroBatch, ...]:
     generator = torch.Generator().manual_seed(1000 * seed + step)
 
@@ -134,7 +154,12 @@ def _batches(
         offsets = torch.tensor(
             [[0, *row] + [tokens] * (width - 1 - len(row)) for row in batch], dtype=torch.int32
         )
-        found.append(MicroBatch(ids, targets.masked_fill(ignored, -100), offsets))
+        number = torch.full((rows,), step * num_micro + len(found))
+        lengths = None
+        if is_padded:  # the last document of each row that has several
+            lengths = torch.tensor([row[-1] if row else tokens for row in batch], dtype=torch.int32)
+            ignored |= torch.arange(tokens) >= lengths[:, None]
+        found.append(MicroBatch(ids, targets.masked_fill(ignored, -100), offsets, number, lengths))
     return tuple(found)
 
 
@@ -142,8 +167,9 @@ def share(batches: Sequence[MicroBatch], mesh: Mesh) -> list[MicroBatch]:
     """This rank's rows and tokens."""
 
     def cut(batch: MicroBatch) -> MicroBatch:
-        tokens, targets, offsets = (part.chunk(mesh.dp.size)[mesh.dp.rank] for part in batch)
-        return MicroBatch(zigzag(tokens, mesh.cp), zigzag(targets, mesh.cp), offsets)
+        mine = [None if part is None else part.chunk(mesh.dp.size)[mesh.dp.rank] for part in batch]
+        tokens, targets, *rest = mine
+        return MicroBatch(zigzag(tokens, mesh.cp), zigzag(targets, mesh.cp), *rest)
 
     return [cut(batch) for batch in batches]
 
@@ -165,15 +191,15 @@ class Built:
     @property
     def routers(self) -> dict[int, Router]:
         """By global layer number."""
-        layers = [int(layer) for part in self.parts for layer in part.blocks]
-        routers = [router for part in self.parts for router in part.routers()]
-        return dict(zip(layers, routers, strict=True))
+        return {router.layer: router for part in self.parts for router in part.routers()}
 
     def backward(self, case: Case, step: int) -> tuple[float, float]:
         """Gradients of one step into the masters; (loss, square of the gradient norm)."""
         batches = case.batches(step)
         targets = sum((batch.targets >= 0).sum() for batch in batches)
-        weight = 0.1 / (case.num_micro * case.model.num_layers)
+        weight = 1 / (case.num_micro * case.model.num_layers)
+        for router in self.routers.values():
+            router.begin_step()
         loss = self.engine.forward_backward(share(batches, self.mesh), torch.as_tensor(targets), weight)
         collect_gradients(self.shards, self.mesh.tp)
         sums = torch.stack([loss / self.mesh.tp.size, square_sum(self.shards)])
@@ -193,13 +219,18 @@ class Built:
         self.optimizer.step()
         publish(self.shards)
         drop_gradients(self.shards)
+        for router in self.routers.values():
+            router.end_step()
 
 
-def build(case: Case, mesh: Mesh, *, dtype: torch.dtype = torch.float32) -> Built:
+def build(
+    case: Case, mesh: Mesh, *, dtype: torch.dtype = torch.float32, recompute: Recompute = Recompute.none
+) -> Built:
     """The case's model on its own layout, or on one process."""
     cfg = case.parallel if mesh.world_size > 1 else ParallelConfig()
-    parts = build_parts(case.model, cfg, mesh, row_tokens=case.row_tokens)
-    shards = parallelize(parts, mesh, cfg, dtype=dtype, seed=case.seed)
+    parts = build_parts(case.model, cfg, mesh, row_tokens=case.row_tokens, router=case.router)
+    options = {"dtype": dtype, "seed": case.seed, "recompute": recompute}
+    shards = parallelize(parts, mesh, cfg, overlap_groups=case.overlap_groups, **options)
     engine: SingleStage | Pipeline
     if mesh.pp.size == 1:
         engine = SingleStage(parts[0], zero_stage=cfg.zero_stage)
@@ -221,11 +252,98 @@ class Reference(NamedTuple):
     squares: list[float]
     gradients: list[dict[str, Tensor]]
     load: dict[int, Tensor]
-    aux_loss: dict[int, Tensor]
+    router_losses: dict[int, Tensor]
+    decisions: dict[int, list["Decided"]]
+    dropped: int
+    """Choices in all layers and steps."""
     last_sum: float
     """Sum of the losses after all steps, forward only."""
     gap: float
     """Smallest distance of a chosen router logit to the best that was not."""
+
+
+class Decided(NamedTuple):
+    """What a router decided in one call, for the tokens of one rank."""
+
+    numbers: Tensor
+    """[tokens] in the pool."""
+    experts: Tensor
+    """[tokens, top_k]."""
+    kept: Tensor
+    """[tokens, top_k]."""
+
+
+def watch_decisions(built: Built) -> dict[int, list[Decided]]:
+    """Fills while the model trains, by layer and in the order of the micro-batches."""
+    found: dict[int, list[Decided]] = {layer: [] for layer in built.routers}
+
+    def watch(router: Router, inputs: Any, routing: Routing) -> None:
+        if router.training:
+            numbers = router.pool.places(inputs[0]).numbers.flatten()
+            replicas = torch.zeros_like(routing.experts) if routing.replicas is None else routing.replicas
+            found[router.layer].append(Decided(numbers, routing.experts, replicas >= 0))
+
+    for router in built.routers.values():
+        router.register_forward_hook(watch)
+    return found
+
+
+def closest_tie(router: Router, x: Tensor, micro: Micro) -> Tensor:
+    """Smallest distance of a chosen score to the best that was not, infinite if all experts are chosen."""
+    wide = x.detach().to(router.gate.weight.dtype)
+    if router.cfg.jitter:
+        wide = wide * router._jitter(x, micro)
+    scores = F.linear(wide, router.gate.weight.detach())
+    if router.cfg.balancing is Balancing.bias:
+        scores = scores.softmax(-1) + router.bias
+    best = scores.topk(min(router.top_k + 1, scores.shape[-1]), -1).values
+    if best.shape[-1] == router.top_k:
+        return torch.tensor(math.inf)
+    return (best[..., -2] - best[..., -1]).min()
+
+
+def sharing_ranks(case: Case) -> list[int]:
+    """For each token of the pool, which set of ranks shares the capacity that it counts against."""
+    cfg, half = case.parallel, case.row_tokens // (2 * case.parallel.cp)
+    found = [0] * (case.rows * case.row_tokens)
+    for rank in range(case.dp * cfg.cp * cfg.tp):
+        d, c, t = rank // (cfg.cp * cfg.tp), rank // cfg.tp % cfg.cp, rank % cfg.tp
+        positions = list(range(case.row_tokens))
+        if cfg.cp > 1:
+            last = 2 * cfg.cp - 1 - c
+            positions = positions[c * half : (c + 1) * half] + positions[last * half : (last + 1) * half]
+        size = len(positions) // cfg.tp
+        for row in range(d * case.micro_rows, (d + 1) * case.micro_rows):
+            for position in positions[t * size : (t + 1) * size]:
+                found[row * case.row_tokens + position] = rank // (case.pool_groups * cfg.ep * cfg.etp)
+    return found
+
+
+def drop_by_hand(case: Case) -> Callable[..., Admission]:
+    """`decide_replicas` of one process that plays all ranks, one choice after the other."""
+    sharing = sharing_ranks(case)
+
+    def decide(
+        experts: Tensor, cells: Tensor, keys: Tensor, pool: Any, *, num_experts: int, factor: float
+    ) -> Admission:
+        order = sorted(range(len(experts)), key=lambda token: (int(keys[cells[token]]), token))
+        is_real = experts[:, 0] < num_experts
+        wanted = Counter(sharing[token] for token in order if is_real[token])
+        admitted: Counter[tuple[int, int]] = Counter()
+        replicas = torch.full_like(experts, -1)
+        for token in filter(lambda token: is_real[token], order):
+            most = math.ceil(Fraction(str(factor)) * wanted[sharing[token]] * experts.shape[1] / num_experts)
+            for slot, expert in enumerate(experts[token].tolist()):
+                if admitted[sharing[token], expert] < most:
+                    admitted[sharing[token], expert] += 1
+                    replicas[token, slot] = 0
+        every, dropped = (
+            torch.bincount(part.flatten(), minlength=num_experts)
+            for part in (experts[is_real], experts[is_real][replicas[is_real] < 0])
+        )
+        return Admission(replicas, every, dropped, every)
+
+    return decide
 
 
 def reference(case: Case, *, jolt: float = 0.0) -> Reference:
@@ -236,27 +354,30 @@ def reference(case: Case, *, jolt: float = 0.0) -> Reference:
         shard.master.mul_(1 + jolt * torch.randn(shard.shape, generator=generator))
     gaps: list[Tensor] = []
 
-    def watch(_module: Any, _inputs: Any, logits: Tensor) -> None:
-        best = logits.detach().topk(min(case.model.experts_per_token + 1, logits.shape[-1]), -1).values
-        if best.shape[-1] > case.model.experts_per_token:
-            gaps.append((best[:, -2] - best[:, -1]).min())
+    def watch(router: Router, inputs: Any, routing: Routing) -> None:
+        if router.training and router.cfg.force == "none":
+            gaps.append(closest_tie(router, inputs[0], inputs[1]))
 
     for router in built.routers.values():
-        router.gate.register_forward_hook(watch)
+        router.register_forward_hook(watch)
+    decisions = watch_decisions(built)
     losses, squares, gradients = [], [], []
-    for step in range(STEPS):
-        loss, square = built.backward(case, step)
-        losses.append(loss)
-        squares.append(square)
-        gradients.append({shard.name: shard.master.grad.clone() for shard in built.shards})
-        built.update()
+    with mock.patch("model.moe.decide_replicas", drop_by_hand(case)):
+        for step in range(STEPS):
+            loss, square = built.backward(case, step)
+            losses.append(loss)
+            squares.append(square)
+            gradients.append({shard.name: shard.master.grad.clone() for shard in built.shards})
+            built.update()
     routers = built.routers
     return Reference(
         losses,
         squares,
         gradients,
         {layer: router.load.clone() for layer, router in routers.items()},
-        {layer: router.aux_loss.clone() for layer, router in routers.items()},
+        {layer: router.losses.clone() for layer, router in routers.items()},
+        decisions,
+        sum(int(router.dropped.sum()) for router in routers.values()),
         built.forward(case),
         torch.stack(gaps).min().item() if gaps else math.inf,
     )
@@ -264,8 +385,10 @@ def reference(case: Case, *, jolt: float = 0.0) -> Reference:
 
 def differences(case: Case, truth: Reference) -> list[str]:
     """What this rank of the case's layout finds other than one process did."""
-    mesh = init_mesh(case.parallel, "cpu")
+    overlaps = case.overlap_groups > 1
+    mesh = init_mesh(case.parallel, "cpu", pool_groups=case.pool_groups, overlaps=overlaps)
     built = build(case, mesh)
+    decisions = watch_decisions(built)
     found = []
 
     def near(what: str, mine: float, theirs: float, tolerance: float) -> None:
@@ -289,9 +412,19 @@ def differences(case: Case, truth: Reference) -> list[str]:
         built.update()
     near("sum of the last losses", built.forward(case), truth.last_sum, 1e-5)
     for layer, router in built.routers.items():
-        if not torch.equal(router.load, truth.load[layer]):
-            found.append(f"load of layer {layer}: {router.load.tolist()} not {truth.load[layer].tolist()}")
-        near(f"aux loss of layer {layer}:", router.aux_loss.item(), truth.aux_loss[layer].item(), 1e-4)
+        load = all_reduce_sum(router.load, mesh.stage)
+        if not torch.equal(load, truth.load[layer]):
+            found.append(f"load of layer {layer}: {load.tolist()} not {truth.load[layer].tolist()}")
+        means = all_reduce_sum(router.losses, mesh.stage)
+        for name, mine, theirs in zip(
+            ("aux", "z", "entropy"), means, truth.router_losses[layer], strict=True
+        ):
+            near(f"{name} of layer {layer}:", mine.item(), theirs.item(), 1e-4)
+        for call, (mine, whole) in enumerate(zip(decisions[layer], truth.decisions[layer], strict=True)):
+            if not torch.equal(mine.experts, whole.experts[mine.numbers]):
+                found.append(f"layer {layer}, micro-batch {call}: other experts")
+            if not torch.equal(mine.kept, whole.kept[mine.numbers]):
+                found.append(f"layer {layer}, micro-batch {call}: other choices dropped")
     return found
 
 

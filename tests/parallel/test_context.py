@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -17,10 +18,11 @@ from model.config import ModelConfig
 from model.init import init_slice
 from model.lightning import LightningCore
 from model.transformer import Transformer
-from parallel.collectives import PoolOverRanks, all_reduce_sum
+from parallel.collectives import all_reduce_sum
 from parallel.config import StateExchange
 from parallel.context import PrefixStateCore, ZigzagLocator, apply_context, zigzag
-from parallel.mesh import Axis
+from parallel.mesh import Axis, one_process
+from parallel.pool import StagePool
 from parallel.ring import RingCore, find_crossings
 from tests.dist import run_distributed
 
@@ -322,7 +324,7 @@ def build(dtype: torch.dtype = torch.float32) -> Transformer:
 
 
 def backward(model: Transformer, tokens: Tensor, targets: Tensor, offsets: Tensor) -> Tensor:
-    loss = model(tokens, offsets, targets=targets, aux_weight=0.1).sum() / 100
+    loss = model(tokens, offsets, targets=targets, loss_weight=10.0).sum() / 100
     loss.backward()
     return loss.detach()
 
@@ -338,7 +340,7 @@ def compare_model(rank: int, size: int, exchange: StateExchange) -> None:
     apply_context(part, cp, exchange=exchange)
     part.reset_buffers()
     for router in part.routers():
-        router.pool = PoolOverRanks(cp)
+        router.pool = StagePool(replace(one_process(torch.device("cpu")), stage=cp, cp=cp))
     expected = backward(whole, tokens, targets, offsets)
     with counted() as calls:
         actual = backward(part, zigzag(tokens, cp), zigzag(targets, cp), offsets)

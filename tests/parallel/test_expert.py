@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.moe import MoE
+from model.moe import Micro, MoE
 from model.transformer import Transformer
-from parallel.collectives import PoolOverRanks, all_reduce_sum
+from parallel.collectives import all_reduce_sum
 from parallel.config import ParallelConfig
 from parallel.expert import AllToAllDispatcher, apply_expert
 from parallel.mesh import Axis, Mesh, init_mesh, one_process
 from parallel.placement import Placement
+from parallel.pool import StagePool
 from tests.dist import run_distributed
 
 CPU = torch.device("cpu")
@@ -66,7 +67,8 @@ def draw_tokens(world_size: int, case: str, dtype: torch.dtype) -> tuple[list[Te
 def run_layer(moe: MoE, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Output and gradient of the input; leaves gradients on the parameters."""
     x = x[None].clone().requires_grad_()
-    y = moe(x, 0.1)
+    offsets = torch.tensor([[0, x.shape[1]]], dtype=torch.int32)
+    y = moe(x, Micro(offsets, 0, 10.0))
     y.backward(grad[None])
     assert y.shape == x.shape
     assert x.grad is not None
@@ -108,7 +110,7 @@ def compare(mesh: Mesh, cfg: ModelConfig, case: str, dtype: torch.dtype, calls: 
     parts = copy.deepcopy(model)
     placements = apply_expert(parts, mesh)
     whole, part = model.blocks["0"].moe, parts.blocks["0"].moe
-    part.router.pool = PoolOverRanks(mesh.stage)
+    part.router.pool = StagePool(mesh)
     x, grad = draw_tokens(mesh.world_size, case, dtype)
     mine = slice(sum(map(len, x[: mesh.rank])), sum(map(len, x[: mesh.rank + 1])))
     expected = run_layer(whole, torch.cat(x), torch.cat(grad))
@@ -136,7 +138,7 @@ def compare(mesh: Mesh, cfg: ModelConfig, case: str, dtype: torch.dtype, calls: 
         assert torch.equal(weight, full[box])
         summed = all_reduce_sum(weight.grad.to(torch.promote_types(dtype, torch.float32)), mesh.edp)
         assert_near(summed, full.grad, box, bound)
-    loads = torch.stack([part.router.load, whole.router.load])
+    loads = torch.stack([all_reduce_sum(part.router.load, mesh.stage), whole.router.load])
     assert loads[0].equal(loads[1])
     if case == ONE:
         assert loads[1, 2:].sum() == 0
@@ -172,6 +174,7 @@ def on_grid(ep: int, etp: int, rank: int) -> Mesh:
     """A mesh to cut weights with; it cannot communicate."""
     axes = {
         "ep": Axis("ep", rank // etp, tuple(range(ep))),
+        "exchange": Axis("exchange", rank // etp, tuple(range(ep))),
         "etp": Axis("etp", rank % etp, tuple(range(etp))),
     }
     return replace(one_process(CPU), **axes)

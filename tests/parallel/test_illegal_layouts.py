@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data.config import DataConfig, SourceConfig
-from model.config import ModelConfig
+from model.config import ModelConfig, RouterConfig
 from parallel.config import ParallelConfig, Schedule
 from tests.train.test_pretrain import ending, launch
 from train.config import BatchConfig, ConfigError, RunConfig, TrainConfig, user_errors
@@ -47,6 +47,7 @@ def validate(world: int, **keys: Any) -> None:
             batch=batch,
             parallel=parallel,
             train=TrainConfig(steps=1),
+            router=RouterConfig(**keys.get("router", {})),
         ).validate(world)
 
 
@@ -55,6 +56,9 @@ def illegal() -> Iterator[tuple[int, dict[str, Any], str]]:
     for axis, world in product(("pp", "cp", "tp", "ep", "etp"), (2, 4, 6, 8)):
         for degree in (0, 5, world + 1):
             yield world, {axis: degree}, f"parallel.{axis}={degree}"
+    for groups, world in ((3, 4), (8, 4), (5, 8)):
+        router = {"pool_groups": groups, "capacity_factor": 1.0}
+        yield world, {"ep": 1, "router": router}, f"router.pool_groups={groups}"
     for stage in (0, 4):
         yield 2, {"zero_stage": stage}, f"parallel.zero_stage={stage}"
     for tp in (2, 4, 8):

@@ -9,7 +9,16 @@ from itertools import product
 
 import pytest
 
-from model.config import LayerType, ModelConfig
+from model.config import (
+    AuxNormalisation,
+    AuxScope,
+    Balancing,
+    LayerType,
+    ModelConfig,
+    Renormalise,
+    RouterConfig,
+    Scope,
+)
 from parallel.config import ParallelConfig, Schedule, num_stages
 from tests.parallel.harness import (
     NEAR_TIE,
@@ -44,6 +53,11 @@ SUMMARY: list[str] = []
 REDRAWN: dict[str, Counter[int]] = {"near ties": Counter(), "unstable": Counter()}
 """Cases drawn again by reason and world size."""
 RAN: Counter[int] = Counter()
+"""Cases by world size."""
+ROUTED: Counter[str] = Counter()
+"""Cases by routing feature."""
+LEAST_ROUTED = {"drops": 0.5, "pools": 0.15, "scope local": 0.1, "overlap": 0.6, "padding": 0.25}
+"""Below these shares a sample proves too little."""
 
 
 def features(case: Case) -> list[str]:
@@ -55,6 +69,39 @@ def features(case: Case) -> list[str]:
     found += ["three axes"] if len(found) >= 3 else []
     found += [str(cfg.schedule)] if cfg.pp > 1 else []
     return [*found, f"world {world}", f"zero {cfg.zero_stage}"]
+
+
+def routing(case: Case, rng: random.Random) -> Case:
+    """The case with a random router; dropless in a quarter of the cases."""
+    factor = rng.choice([None, 0.3, 0.7, 1.0, 1.25, 2.0, 1.0, 0.7])
+    edp = case.parallel.edp(case.world_size)
+    scope = rng.choice([Scope["global"], Scope["global"], Scope["local"]])
+    divisors = [n for n in range(1, edp + 1) if edp % n == 0]
+    is_whole = scope is Scope["local"] or rng.random() < 0.7
+    router = RouterConfig(
+        capacity_factor=factor,
+        scope=scope,
+        pool_groups=None if is_whole else rng.choice(divisors),
+        renormalise=rng.choice(list(Renormalise)),
+        aux_loss_coefficient=0.1,
+        aux_scope=rng.choice(list(AuxScope)),
+        aux_normalisation=rng.choice(list(AuxNormalisation)),
+        z_loss_coefficient=rng.choice([0.0, 0.01]),
+        balancing=rng.choice([*Balancing, Balancing.aux_loss]),
+        bias_update_rate=0.01,
+        jitter=rng.choice([0.0, 0.0, 0.1]),
+        force=rng.choice(["none", "none", "none", "balanced", "skewed:1.2"]),
+    )
+    return replace(case, router=router, overlap_groups=rng.randint(1, 4), is_padded=rng.random() < 0.4)
+
+
+def routing_features(case: Case, truth: Reference) -> list[str]:
+    """What a sample must not lack."""
+    found = ["drops"] if truth.dropped else []
+    if case.router.capacity_factor is not None:
+        found.append("pools" if case.pool_groups > 1 else f"scope {case.router.scope}")
+    found += ["overlap"] if case.overlap_groups > 1 else []
+    return [*found, *(["padding"] if case.is_padded else [])]
 
 
 def is_legal(case: Case) -> bool:
@@ -132,6 +179,7 @@ def sizes(layout: Case, rng: random.Random) -> Case:
             micro_rows=rng.randint(1, 2 if layout.dp <= 2 else 1),
             num_micro=rng.choice([1, 2, 3, cfg.pp, cfg.pp + 1, 2 * cfg.pp]),
         )
+        case = routing(case, rng)
         if case.row_tokens > 3 and is_legal(case):
             return replace(case, seed=rng.randrange(10**6))
 
@@ -202,6 +250,7 @@ def test_layout_fuzz(world: int, pytestconfig: pytest.Config) -> None:
     times = outcome.seconds or {"none": 0.0}
     slowest = max(times, key=lambda name: times[name])
     RAN[world] = len(cases)
+    ROUTED.update(feature for case in cases for feature in routing_features(*case))
     redrawn = ", ".join(f"{counts[world]} {reason}" for reason, counts in REDRAWN.items())
     SUMMARY.append(
         f"world {world}: {len(cases)} cases, {len(outcome.failures)} failed, redrawn: {redrawn}; "
@@ -216,5 +265,10 @@ def test_layout_fuzz(world: int, pytestconfig: pytest.Config) -> None:
 
 def test_layout_fuzz_redraws() -> None:
     """Few cases are drawn again: a sample that leaves out what is hard would prove nothing."""
+    SUMMARY.append("routing: " + ", ".join(f"{name} {count}" for name, count in sorted(ROUTED.items())))
+    scarce = {
+        name: ROUTED[name] for name, share in LEAST_ROUTED.items() if ROUTED[name] < share * RAN.total()
+    }
+    assert not scarce or RAN.total() < 50, scarce
     redrawn, ran = sum(counts.total() for counts in REDRAWN.values()), RAN.total()
     assert redrawn <= 0.1 * ran or ran < 50, f"{redrawn} of {ran} cases redrawn: {REDRAWN}"

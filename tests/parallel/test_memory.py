@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model.config import ModelConfig
 from parallel.apply import build_parts, parallelize
 from parallel.collectives import all_reduce_sum
 from parallel.config import Offload, ParallelConfig, Recompute
@@ -13,20 +12,9 @@ from parallel.mesh import Mesh, init_mesh, one_process
 from parallel.pipeline import MicroBatch, SingleStage
 from parallel.placement import Shard, collect_gradients, drop_gradients, publish
 from tests.dist import run_distributed
+from tests.parallel.harness import TINY
 from train.optimizer import OptimizerConfig, build_optimizer
 
-MODEL = ModelConfig(
-    num_layers=4,
-    hidden_size=16,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=4,
-    rotary_dim=2,
-    vocab_size=64,
-    num_experts=4,
-    expert_ffn_size=8,
-    softmax_every=2,
-)
 ROWS, TOKENS = 4, 24
 OFFSETS = torch.tensor([[0, 5, 6, 20, TOKENS], [0, TOKENS, TOKENS, TOKENS, TOKENS]] * 2, dtype=torch.int32)
 Trained = tuple[list[float], dict[str, torch.Tensor], list[list[int]]]
@@ -42,7 +30,7 @@ def train(
     steps: int = 2,
 ) -> Trained:
     """Losses, the last gradients by name, and the experts' load of a few steps of two micro-batches."""
-    parts = build_parts(MODEL, cfg, mesh, row_tokens=TOKENS)
+    parts = build_parts(TINY, cfg, mesh, row_tokens=TOKENS)
     shards = parallelize(parts, mesh, cfg, dtype=dtype, seed=3, recompute=recompute, offload=offload)
     engine = SingleStage(parts[0], zero_stage=cfg.zero_stage)
     optimizer = build_optimizer(shards, OptimizerConfig(lr=1e-2, eps=1e-6, offload=offload))
@@ -50,11 +38,12 @@ def train(
     rows = slice(mesh.dp.rank * ROWS // mesh.dp.size, (mesh.dp.rank + 1) * ROWS // mesh.dp.size)
     for step in range(steps):
         ids = torch.randint(64, (2, ROWS, TOKENS), generator=torch.Generator().manual_seed(step))
+        numbers = torch.zeros(len(OFFSETS[rows]), dtype=torch.int64)
         batches = [
-            MicroBatch(zigzag(x[rows], mesh.cp), zigzag(x[rows].roll(-1, 1), mesh.cp), OFFSETS[rows])
+            MicroBatch(zigzag(x[rows], mesh.cp), zigzag(x[rows].roll(-1, 1), mesh.cp), OFFSETS[rows], numbers)
             for x in ids
         ]
-        loss = engine.forward_backward(batches, torch.tensor(2.0 * ROWS * TOKENS), 0.05)
+        loss = engine.forward_backward(batches, torch.tensor(2.0 * ROWS * TOKENS), 5.0)
         losses.append((all_reduce_sum(loss, mesh.world) / mesh.tp.size).item())
         collect_gradients(shards, mesh.tp)
         gradients = {shard.name: shard.master.grad.clone() for shard in shards}
@@ -137,7 +126,7 @@ def test_recompute_keeps_less() -> None:
     kept = {}
     for mode in Recompute:
         mesh, cfg = one_process(torch.device("cpu")), ParallelConfig()
-        parts = build_parts(MODEL, cfg, mesh, row_tokens=TOKENS)
+        parts = build_parts(TINY, cfg, mesh, row_tokens=TOKENS)
         parallelize(parts, mesh, cfg, dtype=torch.float32, seed=3, recompute=mode)
         ids = torch.randint(64, (ROWS, TOKENS))
         sizes = []

@@ -1,30 +1,20 @@
 """Stage split, placement of stages, and traps of torch's schedules that a comparison of layouts misses."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
-from model.config import ModelConfig
 from parallel.apply import build_parts, parallelize
 from parallel.config import ParallelConfig, Schedule, num_stages, stage_owner, stages_of
 from parallel.mesh import Mesh, init_mesh, one_process
 from parallel.pipeline import MicroBatch, Pipeline, SingleStage, split_layers
 from parallel.placement import Shard, collect_gradients, drop_gradients
 from tests.dist import run_distributed
+from tests.parallel.harness import TINY
 
-MODEL = ModelConfig(
-    num_layers=4,
-    hidden_size=16,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=4,
-    rotary_dim=2,
-    vocab_size=64,
-    num_experts=4,
-    expert_ffn_size=8,
-    softmax_every=2,
-)
+MODEL = replace(TINY, num_heads=2)
 MICRO = 4
 
 
@@ -84,7 +74,9 @@ def gradients(
     ids = torch.randint(64, (MICRO, 1, tokens), generator=torch.Generator().manual_seed(tokens))
     offsets = torch.tensor([[0, 3, tokens]], dtype=torch.int32)
     engine.forward_backward(
-        [MicroBatch(x, x, offsets) for x in ids], torch.tensor(float(MICRO * tokens)), 0.1
+        [MicroBatch(x, x, offsets, torch.tensor([m])) for m, x in enumerate(ids)],
+        torch.tensor(float(MICRO * tokens)),
+        10.0,
     )
     collect_gradients(shards, mesh.tp)
     found = {shard.name: shard.master.grad.clone() for shard in shards}

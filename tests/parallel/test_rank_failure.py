@@ -41,7 +41,8 @@ def test_a_killed_rank_ends_the_job(license_corpus: Path, tmp_path: Path) -> Non
     finally:
         job.kill()
     text = said.read_text()
-    cause = text[text.index("Root Cause") :]
-    assert re.search(r"rank\s*: 1 \(local_rank: 1\)", cause), text
-    assert f"Signal 9 (SIGKILL) received by PID {victim}" in cause
+    # "Root Cause" is what the launcher heard of first: the death, or the other rank's lost peer.
+    report = text[text.index("ChildFailedError") :]
+    assert re.search(rf"rank\s*: 1 \(local_rank: 1\)\s+exitcode\s*: -9 \(pid: {victim}\)", report), text
+    assert f"Signal 9 (SIGKILL) received by PID {victim}" in report
     assert not (tmp_path / "run/DONE").exists()

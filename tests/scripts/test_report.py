@@ -84,6 +84,9 @@ def test_every_value_reaches_its_chart(tmp_path: Path) -> None:
     assert [p[3] for p in points(charts["Model FLOPs utilisation (%)"], "mfu")] == [40.0]
     assert max(p[3] for p in points(charts["Dropped choices (%)"], "drop_rate")) == 30.0
     assert {"Learning rate", "Gradient norm", "Throughput (tokens per second)"} <= set(charts)
+    assert not {"Moved choices (%)", "Router entropy (nats)", "Router z-loss, before its coefficient"} & set(
+        charts
+    )
     tiles = dict(re.findall(r'<div class="tile">(.*?)<b>(.*?)</b>', page))
     assert tiles["Steps"] == "30" and tiles["Tokens"] == "122.9k" and tiles["Tokens/s"] == "1.016k"
     assert tiles["Training loss"] == "0.333" and "<i>from 10.000</i>" in page
@@ -136,6 +139,19 @@ def test_drops_and_moves_appear_when_there_are_any(tmp_path: Path) -> None:
     moved = [e.get("data-tip") for e in charts["Moved choices over time (%)"].iter("rect")]
     assert "layer 0, expert 0: 25 (15 choices)" in dropped
     assert "layer 1, step 2: 10" in moved and "layer 1, step 1: 0" in moved
+
+
+def test_router_figures_have_charts(tmp_path: Path) -> None:
+    changes = {"moved_rate": 0.25, "router_entropy": 1.5, "z_loss": 3.0}
+    layers = {"max_violation": [0.5, 1.0], "entropy": [1.25, math.nan], "aux_loss": [1.0, 1.5]}
+    rows = [experts_row(1), experts_row(2, **layers)]  # a run whose first lines are older
+    charts = svgs(page_of(write_run(tmp_path, [metrics_row(1), metrics_row(2, **changes)], rows)))
+    for title, key, value in [
+        ("Moved choices (%)", "moved_rate", 25.0),
+        ("Router entropy (nats)", "router_entropy", 1.5),
+        ("Router z-loss, before its coefficient", "z_loss", 3.0),
+    ]:
+        assert [p[2:] for p in points(charts[title], key)] == [[2, value]]
 
 
 def test_long_runs_are_thinned_but_keep_their_spikes(tmp_path: Path) -> None:
@@ -232,6 +248,12 @@ def test_status_comes_from_the_sentinel(tmp_path: Path, sentinel: str | None, st
         ("experts.jsonl", '{"step": 2}', "must hold step, load, dropped and moved"),
         ("experts.jsonl", json.dumps(experts_row(2, moved=[0])), "have the shapes (2, 4), (2, 4), (1,)"),
         ("experts.jsonl", json.dumps(experts_row(2, load=[[1], [1, 2]])), "inhomogeneous shape"),
+        (
+            "experts.jsonl",
+            json.dumps(experts_row(2, entropy=[1.0])),
+            "entropy has the shape (1,); must be [layers]",
+        ),
+        ("experts.jsonl", json.dumps(experts_row(2, aux_loss={})), "TypeError"),
     ],
 )
 def test_bad_lines_are_named(

@@ -84,7 +84,8 @@ def test_a_file_with_header_and_name_keeps_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "conf=NAME or conf=FILE.yaml is required; named runs: ['debug', 'demo'"),
+        (["conf=debug", "curriculum=[{name: a}]"], "curriculum=[...]: stages belong in a file"),
+        ([], "conf=NAME or conf=FILE.yaml is required; named runs: ['curriculum_small'"),
         (["conf=demoo"], "conf=demoo: no such run; did you mean demo?"),
         (["conf=nowhere/x.yaml"], "conf=nowhere/x.yaml: no such file"),
         (["conf=debug", "+x=1"], "+x=1: keys are declared fields"),

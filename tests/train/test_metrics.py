@@ -5,10 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 
-from train.metrics import MetricsWriter, console_line, max_violation, truncate_records
+from train.metrics import LogConfig, MetricsWriter, console_line, truncate_records
 from train.signals import Ending, StopRequest, clear_sentinels, write_sentinel
 
 RECORD = {
@@ -19,8 +18,10 @@ RECORD = {
     "tokens_per_second": 11432.4,
     "mfu": 0.4123,
     "max_memory_gib": 61.31,
+    "drop_rate": 0.0,
     "skipped": 0,
 }
+EXPERTS = {"step": 120, "load": [[1]], "dropped": [[0]], "moved": [0]}
 
 
 def test_console_line() -> None:
@@ -29,6 +30,9 @@ def test_console_line() -> None:
     on_cpu = {**RECORD, "mfu": None, "max_memory_gib": None, "skipped": 2, "eval_loss": 2.5}
     expected = "step 120  loss 2.3412  eval 2.5000  grad 0.81  lr 3.0e-04  tok/s 11,432  skipped 2"
     assert console_line(on_cpu) == expected
+    uneven = {**on_cpu, "drop_rate": 0.0123, "max_violation": 0.534}
+    expected = expected.replace("skipped", "drop 1.2%  maxvio 0.53  skipped")
+    assert console_line(uneven) == expected
 
 
 def test_truncate_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
@@ -44,17 +48,13 @@ def test_truncate_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
 def test_writer_appends_and_shows_progress_on_a_terminal(terminal: bool, tmp_path: Path) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=terminal, width=100)
-    writer = MetricsWriter(tmp_path, console=console, total_steps=200, step=119)
+    writer = MetricsWriter(tmp_path, log_config=LogConfig(), console=console, total_steps=200, step=119)
     writer.advance(120)
-    writer.write(RECORD, {"step": 120, "load": [[1]]})
+    writer.write(RECORD, EXPERTS)
     writer.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == RECORD
-    assert json.loads((tmp_path / "experts.jsonl").read_text())["load"] == [[1]]
+    assert json.loads((tmp_path / "experts.jsonl").read_text()) == EXPERTS
     assert ("120/200" in screen.getvalue()) is terminal
-
-
-def test_max_violation_is_the_worst_layer() -> None:
-    assert max_violation(torch.tensor([[4, 4, 4], [3, 3, 6]])) == pytest.approx(0.5)
 
 
 def test_a_sentinel_replaces_the_one_before(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ GOLDEN = Path(__file__).with_name("golden_debug.json")
 METRICS = {
     "step", "tokens", "loss", "aux_loss", "grad_norm", "lr", "row_tokens", "global_tokens",
     "tokens_per_second", "mfu", "max_memory_gib", "drop_rate", "max_violation", "skipped",
+    "moved_rate", "router_entropy", "z_loss", "padding", "data_wait_ms",
+    "truncated_tokens",
 }  # fmt: skip
 
 
@@ -370,7 +372,11 @@ def test_cfg_and_help() -> None:
     shown = yaml.safe_load(launch("conf=debug", "--cfg", "job", "train.steps=3").stdout)
     assert shown["train"]["steps"] == 3 and shown["run_dir"] == "runs/debug"
     helped = launch("--help")
-    assert helped.returncode == 0 and "run: debug, demo" in helped.stdout and "conf=NAME" in helped.stdout
+    assert (
+        helped.returncode == 0
+        and "run: curriculum_small, debug, demo" in helped.stdout
+        and "conf=NAME" in helped.stdout
+    )
 
 
 def test_wandb_offline_keeps_one_run_over_a_resume(base: tuple[Path, list[str]], tmp_path: Path) -> None:

@@ -1,0 +1,170 @@
+"""Measure a part of the program against a floor and against its alternatives; print tables."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # import from the repository root, not from scripts/
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from scripts.bench_moe import COLUMNS, PoolSettings, Row, count_drops
+from scripts.bench_moe_time import TIME_COLUMNS, LayerSettings, cuda_ms, time_layer
+
+READING = """\
+dropped     choices above the capacity: mean (lowest to highest) of the draws; global drops the lower bound
+level       rows of the fullest EP rank, for which the layer waits, / those of a mean rank; mean of the draws
+moved       global: choices computed in another EP group than their token's, % of all; local: none
+MiB a rank  their hidden states and weights, a layer and direction, mean of the ranks
+dispatch    {dispatch:.1f} MiB a rank and direction for all choices, in its EP group or out of it
+counts      {gather:.1f} KiB that a rank receives before dispatch, a layer"""
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Right-aligned columns; a column's name may have lines."""
+    names = [name.split("\n") for name in columns]
+    height = max(map(len, names))
+    names = [[""] * (height - len(name)) + name for name in names]
+    lines = [*zip(*names, strict=True), *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([*text[:height], "  ".join("-" * width for width in widths), *text[height:]])
+
+
+def _percent(row: Row, key: str) -> str:
+    mean, low, high = (100 * value for value in row.figures[key])
+    return f"{mean:.2f} ({low:5.2f} to {high:5.2f})"
+
+
+def _count_line(row: Row) -> list[str]:
+    level, moved = (row.figures[key][0] for key in ("dropless_level", "moved"))
+    return [
+        f"{row.skew:g}",
+        _percent(row, "local_dropped"),
+        _percent(row, "global_dropped"),
+        f"{level:.2f}",
+        *(f"{row.figures[key][0]:.2f}" for key in ("local_level", "global_level")),
+        f"{100 * moved:.2f}",
+        f"{row.figures['moved_bytes'][0] / 2**20:.2f}",
+    ]
+
+
+def print_counts(settings: PoolSettings) -> dict[str, Any]:
+    """Play the draws and print both tables; returns their numbers."""
+    s, kinds = settings, count_drops(settings)
+    print(
+        f"edp {s.edp}  ep {s.ep}  experts {s.experts}  top-k {s.top_k}  capacity factor "
+        f"{s.capacity_factor:g}  tokens an EP group {s.tokens}  hidden {s.hidden}  draws {s.draws}\n"
+        f"An expert admits {s.limit} choices an EP group (local) or {s.pool_limit} of all groups (global)."
+    )
+    if s.is_rounded:
+        print(
+            f"Rounding up in each group gives the local scope {s.edp * s.limit} in all, more than that: "
+            "compare at sizes where they are equal."
+        )
+    for name, rows in kinds.items():
+        print(f"\n{name}\n{table(COLUMNS, [_count_line(row) for row in rows])}")
+    dispatch = s.row_bytes * s.choices / s.ranks / 2**20
+    print("\n" + READING.format(dispatch=dispatch, gather=s.gather_bytes / 2**10))
+    return {
+        "capacity": {"local": s.limit, "global": s.pool_limit, "is_rounded": s.is_rounded},
+        "gather_bytes": s.gather_bytes,
+        "kinds": {name: [row._asdict() for row in rows] for name, rows in kinds.items()},
+    }
+
+
+def print_times(settings: LayerSettings, skews: Sequence[float]) -> dict[str, Any]:
+    """Time one rank's layer at each capacity and skew and print the table; returns its numbers."""
+    device = torch.device("cuda")
+    name, s = torch.cuda.get_device_name(device), settings
+    print(
+        f"{name}, torch {torch.__version__}: one rank's MoE layer, forward and backward, bf16\n"
+        f"experts {s.experts}  top-k {s.top_k}  tokens {s.tokens}  hidden {s.hidden}  ffn {s.ffn}  "
+        f"median of {s.repeats}"
+    )
+    times = [time_layer(s, f, skew, device, cuda_ms) for f in (None, 1.0, 1.25) for skew in skews]
+    print(table(TIME_COLUMNS, [time.line() for time in times]))
+    return {"device": name, "torch": torch.__version__, "times": [time._asdict() for time in times]}
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} must be numbers with commas between them") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    moe = parser.add_subparsers(dest="part", required=True, metavar="PART").add_parser(
+        "moe",
+        help="the router's scope: drops, level and traffic of local and global on skewed loads",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    moe.add_argument("--skews", type=_numbers, default="0,0.3,0.6,1,1.5", help="exponents of Zipf's law")
+    moe.add_argument("--capacity-factor", type=float, default=1.0, help="buffer relative to an equal share")
+    moe.add_argument("--edp", type=int, default=4, help="EP groups: replicas of each expert")
+    moe.add_argument("--ep", type=int, default=8, help="ranks of an EP group")
+    moe.add_argument("--experts", type=int, default=32, help="experts of the layer")
+    moe.add_argument("--top-k", type=int, default=2, help="choices of a token")
+    moe.add_argument("--tokens", type=int, default=8192, help="of an EP group and micro-batch")
+    moe.add_argument("--draws", type=int, default=16, help="random micro-batches a line")
+    moe.add_argument("--hidden", type=int, default=6144, help="width of a moved row")
+    moe.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers and the settings")
+    moe.add_argument("--time", action="store_true", help="time one rank's layer on a GPU instead")
+    moe.add_argument("--layer-tokens", type=int, default=16384, help="of the timed layer")
+    moe.add_argument("--layer-hidden", type=int, default=2048, help="of the timed layer")
+    moe.add_argument("--layer-ffn", type=int, default=1408, help="of the timed layer")
+    moe.add_argument("--repeats", type=int, default=20, help="timed runs, of which the median counts")
+    return parser
+
+
+def _moe(args: argparse.Namespace) -> dict[str, Any]:
+    pool = PoolSettings(
+        skews=args.skews,
+        capacity_factor=args.capacity_factor,
+        edp=args.edp,
+        ep=args.ep,
+        experts=args.experts,
+        top_k=args.top_k,
+        tokens=args.tokens,
+        draws=args.draws,
+        hidden=args.hidden,
+    )
+    if not args.time:
+        return {"settings": asdict(pool), **print_counts(pool)}
+    layer = LayerSettings(
+        experts=args.experts,
+        top_k=args.top_k,
+        tokens=args.layer_tokens,
+        hidden=args.layer_hidden,
+        ffn=args.layer_ffn,
+        repeats=args.repeats,
+    )
+    if not torch.cuda.is_available():
+        raise ValueError("--time needs a CUDA device and finds none: times of a CPU would prove nothing")
+    return {"settings": {**asdict(layer), "skews": args.skews}, **print_times(layer, args.skews)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one part; exit code 2 if its arguments do not fit."""
+    args = _parser().parse_args(argv)
+    try:
+        if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+            raise ValueError(f"--json={args.json} must name a file in a folder that exists")
+        numbers = _moe(args)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        args.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,193 @@
+"""The staged run: arithmetic of its stages, what is refused, and the program through all of them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.mixture import Mixture
+from tests.train.test_config import config
+from tests.train.test_pretrain import column, ending, launch, lines, pretrain
+from train.config import ConfigError, RunConfig
+from train.curriculum import LrShape, StageConfig, StageLayout
+from train.stages import build_stages, stage_of, tokens_at, total_steps, validate_stages
+
+SOURCES = "data.sources=[{path: corpus/python}]"
+
+
+def two_sources(*stages: StageConfig, **changes: Any) -> RunConfig:
+    cfg = config("conf=debug", "data.sources=[{path: a, weight: 3}, {path: b, weight: 1}]")
+    no_decay = replace(cfg.schedule, warmup_tokens=0, decay_tokens=0)
+    train = replace(cfg.train, steps=None)
+    return replace(cfg, curriculum=list(stages), schedule=no_decay, train=train, **changes)
+
+
+def stage(**settings: Any) -> StageConfig:
+    """Ten steps of 1024 tokens unless told."""
+    return StageConfig(**{"name": "s", "tokens": 10240, "global_tokens": 1024, **settings})
+
+
+def test_stages_follow_each_other_in_whole_steps() -> None:
+    cfg = two_sources(
+        stage(name="a", tokens=10000, row_tokens=128),  # rounded up to 10 steps
+        stage(name="b", tokens=8192, row_tokens=256, global_tokens=2048, micro_rows=1, rope_theta=5e4),
+        stage(name="c", parallel=StageLayout(tp=2)),
+    )
+    stages = build_stages(cfg)
+    assert [(s.first_step, s.end_step, s.first_tokens) for s in stages] == [
+        (0, 10, 0), (10, 14, 10240), (14, 24, 18432),
+    ]  # fmt: skip
+    assert [stage_of(stages, step).name for step in (0, 9, 10, 13, 14, 23, 24)] == list("aabbccc")
+    assert tokens_at(stages, 12) == 10240 + 2 * 2048 and tokens_at(stages, 24) == 28672
+    b = stages[1].cfg
+    assert (b.batch.row_tokens, b.batch.micro_rows, b.model.rope_theta) == (256, 1, 5e4)
+    assert b.parallel == cfg.parallel and stages[2].cfg.parallel.tp == 2
+    assert cfg.batch.row_tokens == stages[2].cfg.batch.row_tokens == 128  # nothing was changed in place
+    assert total_steps(stages) == 24
+    short = replace(cfg, train=replace(cfg.train, steps=7))
+    assert total_steps(build_stages(short)) == 7
+
+
+def test_mixture_moves_linearly_and_changes_in_the_final_part() -> None:
+    first = stage(length_shares=[1.0, 0.0, 0.0])
+    second = stage(
+        weights=[1, 3], length_shares=[0, 0.5, 0.5], transition_tokens=4096, final_fraction=0.2,
+        final_weights=[0, 1],
+    )  # fmt: skip
+    a, b = build_stages(two_sources(first, second))
+    assert a.mixture_at(0) == a.mixture_at(10239) == Mixture((3, 1), (1, 0, 0))
+    assert b.mixture_at(10240) == Mixture((0.75, 0.25), (1, 0, 0))
+    halfway = b.mixture_at(10240 + 2048)
+    assert halfway.weights == pytest.approx((0.5, 0.5)) and halfway.length_shares == pytest.approx(
+        (0.5, 0.25, 0.25)
+    )
+    assert b.mixture_at(10240 + 4096).weights == (1, 3)
+    assert b.mixture_at(10240 + 8191).weights == (1, 3)
+    assert b.mixture_at(10240 + 8192).weights == (0, 1)
+    (third,) = build_stages(two_sources(first, second, stage(transition_tokens=1024)))[2:]
+    assert third.mixture_at(third.first_tokens).weights == pytest.approx((0, 1))  # from the final part on
+
+
+@pytest.mark.parametrize(
+    ("shape", "middle"),
+    [(LrShape.linear, 5.5e-4), (LrShape.cosine, 5.5e-4), (LrShape.exponential, 10**-3.5)],
+)
+def test_learning_rate_segments(shape: LrShape, middle: float) -> None:
+    cfg = two_sources(stage(lr=1e-3), stage(lr=1e-3, lr_end=1e-4, lr_shape=shape))
+    a, b = build_stages(replace(cfg, schedule=replace(cfg.schedule, warmup_tokens=2048)))
+    assert a.lr_at(1024, 20480) == pytest.approx(5e-4) and a.lr_at(2048, 20480) == 1e-3
+    rates = [b.lr_at(10240 + tokens, 20480) for tokens in (0, 5120, 10240)]
+    assert rates == pytest.approx([1e-3, middle, 1e-4])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": 0}, "tokens=0 must be above 0"),
+        ({"transition_tokens": 20000}, "transition_tokens=20000 must lie in [0, tokens=10240]"),
+        ({"final_fraction": 0.2}, "needs final_weights"),
+        ({"final_weights": [1, 1]}, "needs final_weights"),
+        ({"lr_end": 1e-4}, "lr_shape=constant: constant has none"),
+        ({"lr_shape": LrShape.linear}, "others need one"),
+        ({"weights": [1]}, "weights=[1] must be 2 numbers"),
+        ({"parallel": StageLayout(zero_stage=4)}, "parallel.zero_stage=4 must be"),
+        ({"row_tokens": 100}, "batch.global_tokens=1024 must be a multiple"),
+        ({"parallel": StageLayout(tp=3)}, "parallel.tp=3"),
+    ],
+)
+def test_what_a_stage_may_not_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, ValueError)) as caught:
+        validate_stages(build_stages(two_sources(stage(), stage(name="late", **changes))), 1)
+    assert message in str(caught.value) and "late" in str(caught.value)
+
+
+def test_a_run_needs_an_end_and_one_kind_of_decay() -> None:
+    cfg = two_sources()
+    with pytest.raises(ConfigError, match="needs a curriculum, whose end it means"):
+        build_stages(cfg)
+    decaying = replace(cfg, curriculum=[stage()], schedule=replace(cfg.schedule, decay_tokens=5))
+    with pytest.raises(ConfigError, match="must be 0 with a curriculum"):
+        build_stages(decaying)
+
+
+def test_the_published_recipe() -> None:
+    stages = build_stages(config("conf=minimax_text_01", SOURCES))
+    validate_stages(stages, 1)
+    borders = [stage.first_tokens for stage in stages]
+    batches = [stage.cfg.batch.global_tokens // 2**20 for stage in stages]
+    assert batches == [16, 32, 64, 128, 128, 128, 128, 128, 128]
+    assert borders[1:5] == pytest.approx([69e9, 790e9, 4.7e12, 7.2e12], rel=1e-3)
+    rows = [stage.cfg.batch.row_tokens for stage in stages]
+    assert rows == [8192] * 6 + [2**17, 2**19, 2**20]
+    end = total_steps(stages)
+    assert stages[5].lr_at(stages[6].first_tokens, tokens_at(stages, end)) == pytest.approx(3e-5)
+    assert [s.own.length_shares for s in stages[6:]] == [(0.3, 0.7, 0), (0.35, 0.35, 0.3), (0.3, 0.3, 0.4)]
+
+
+def small(run_dir: Path, *overrides: str, processes: int = 0) -> None:
+    arguments = ("conf=curriculum_small", f"run_dir={run_dir}", "checkpoint.keep=null", *overrides)
+    pretrain(*arguments, processes=processes)
+
+
+def data_state(run_dir: Path, step: int) -> dict[str, Any]:
+    return json.loads((run_dir / f"checkpoints/step-{step}/manifest.json").read_text())["data"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All three stages in one process: 6 + 6 + 4 steps."""
+    run_dir = tmp_path_factory.mktemp("curriculum") / "whole"
+    small(run_dir)
+    return run_dir
+
+
+def test_three_stages_in_one_command(whole: Path) -> None:
+    records = lines(whole)
+    assert [r["row_tokens"] for r in records] == [256] * 6 + [1024] * 6 + [4096] * 4
+    assert [r["global_tokens"] for r in records] == [4096] * 12 + [8192] * 4
+    assert records[-1]["tokens"] == 12 * 4096 + 4 * 8192 and records[-1]["loss"] < records[0]["loss"] - 0.2
+    assert records[-1]["lr"] == pytest.approx(1e-4) and records[11]["lr"] == pytest.approx(5e-4)
+    assert ending(whole)[0] == "DONE"
+
+
+def test_interrupted_anywhere_it_is_bitwise_the_same(whole: Path, tmp_path: Path) -> None:
+    """At both borders, inside both transitions, and inside a stage; one run directory all the way."""
+    for step in (3, 6, 7, 12, 13):
+        small(tmp_path / "cut", f"train.steps={step}")
+    small(tmp_path / "cut")
+    for key in ("loss", "grad_norm", "lr", "tokens"):
+        assert column(tmp_path / "cut", key).tolist() == column(whole, key).tolist(), key
+    assert data_state(tmp_path / "cut", 16) == data_state(whole, 16)
+
+
+def test_another_data_parallel_size_reads_the_same_tokens(whole: Path, tmp_path: Path) -> None:
+    """Equal micro_rows * dp: the layout contract, here across a resume from one process to two."""
+    small(tmp_path / "two", "train.steps=4")
+    two = [f"curriculum.{n}.micro_rows={rows}" for n, rows in enumerate((2, 1))]
+    small(tmp_path / "two", *two, "train.steps=12", processes=2)
+    assert column(tmp_path / "two", "loss") == pytest.approx(column(whole, "loss")[:12], rel=1e-5)
+    small(tmp_path / "alone", "train.steps=12")
+    assert data_state(tmp_path / "two", 12) == data_state(tmp_path / "alone", 12)
+
+
+def test_a_pipeline_is_rebuilt_at_each_border(whole: Path, tmp_path: Path) -> None:
+    small(tmp_path / "pp", "parallel.pp=2", processes=2)
+    assert column(tmp_path / "pp", "loss") == pytest.approx(column(whole, "loss"), rel=1e-5)
+
+
+def test_a_stage_on_another_layout_ends_the_process_and_the_same_command_goes_on(
+    whole: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "moves"
+    arguments = ("conf=curriculum_small", f"run_dir={run_dir}", "train.steps=9")
+    arguments = (*arguments, "curriculum.0.micro_rows=2", "curriculum.1.parallel.cp=2")
+    first = launch(*arguments, processes=2)
+    assert first.returncode != 0  # torchrun says 1; the sentinel says why
+    name, found = ending(run_dir)
+    assert (name, found["code"], found["step"]) == ("REQUEUE", 75, 6) and "1024" in found["reason"]
+    second = launch(*arguments, processes=2)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert ending(run_dir)[0] == "DONE"
+    assert column(run_dir, "loss") == pytest.approx(column(whole, "loss")[:9], rel=1e-5)

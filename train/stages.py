@@ -1,0 +1,164 @@
+"""The stages of a run, laid out in steps and tokens; a run without a curriculum is one stage."""
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from data.mixture import Mixture
+from train.config import ConfigError, RunConfig, user_errors
+from train.curriculum import StageConfig, interpolate, lr_in_stage
+from train.schedule import lr_factor
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps that share row length, batch and layout."""
+
+    name: str
+    """For people; "" without a curriculum."""
+    number: int
+    """From 0."""
+    cfg: RunConfig
+    """The run's configuration as it holds in this stage."""
+    settings: StageConfig | None
+    """None without a curriculum."""
+    first_step: int
+    """Steps before this stage."""
+    end_step: int
+    """Steps at its end; the run may stop earlier."""
+    first_tokens: int
+    """Input tokens before this stage."""
+    before: Mixture
+    """What the stage before ended with; its own for the first."""
+
+    @property
+    def tokens(self) -> int:
+        """Input tokens of the stage."""
+        return (self.end_step - self.first_step) * self.cfg.batch.global_tokens
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Tokens of a row and of a step."""
+        return self.cfg.batch.row_tokens, self.cfg.batch.global_tokens
+
+    @property
+    def own(self) -> Mixture:
+        """Its mixture between the transition and the final part."""
+        return _mixture(self.cfg, self.settings.weights if self.settings else None)
+
+    @property
+    def last(self) -> Mixture:
+        """What it ends with."""
+        final = self.settings.final_weights if self.settings else None
+        return self.own if final is None else dataclasses.replace(self.own, weights=tuple(final))
+
+    def mixture_at(self, tokens: int) -> Mixture:
+        """Mixture of the step that begins when `tokens` input tokens of the run are consumed."""
+        settings, place = self.settings, tokens - self.first_tokens
+        if settings is None:
+            return self.own
+        if settings.final_weights and place >= (1 - settings.final_fraction) * self.tokens:
+            return self.last
+        if place < settings.transition_tokens:
+            return interpolate(self.before, self.own, place / settings.transition_tokens)
+        return self.own
+
+    def lr_at(self, tokens: int, total_tokens: int) -> float:
+        """Learning rate of the step that ends at `tokens` of the run's `total_tokens`."""
+        factor = lr_factor(tokens, total_tokens, self.cfg.schedule)
+        if self.settings is None:
+            return self.cfg.optimizer.lr * factor
+        peak = self.settings.lr or self.cfg.optimizer.lr
+        return lr_in_stage(self.settings, (tokens - self.first_tokens) / self.tokens, peak) * factor
+
+
+def build_stages(cfg: RunConfig) -> list[Stage]:
+    """All stages of a run, in order.
+
+    Raises:
+        ConfigError: neither a length nor a curriculum, or a stage that contradicts the run.
+    """
+    if not cfg.curriculum:
+        if cfg.train.steps is None:
+            raise ConfigError("train.steps=null needs a curriculum, whose end it means; set train.steps")
+        own = _mixture(cfg, None)
+        return [Stage("", 0, cfg, None, 0, cfg.train.steps, 0, own)]
+    if cfg.schedule.decay_tokens:
+        raise ConfigError(
+            f"schedule.decay_tokens={cfg.schedule.decay_tokens} must be 0 with a curriculum; "
+            "use the last stage's lr_shape and lr_end"
+        )
+    stages: list[Stage] = []
+    step = tokens = 0
+    for number, settings in enumerate(cfg.curriculum):
+        with _naming(settings.name):
+            effective = _configure(cfg, settings)
+        steps = -(-settings.tokens // effective.batch.global_tokens)
+        before = stages[-1].last if stages else _mixture(effective, settings.weights)
+        stage = Stage(settings.name, number, effective, settings, step, step + steps, tokens, before)
+        stages.append(stage)
+        step, tokens = stage.end_step, tokens + stage.tokens
+    return stages
+
+
+def _configure(cfg: RunConfig, settings: StageConfig) -> RunConfig:
+    """The run's configuration with a stage's changes."""
+    count = len(cfg.data.sources)
+    for key in ("weights", "final_weights"):
+        weights = getattr(settings, key)
+        if weights is not None and (len(weights) != count or min(weights) < 0 or not any(weights)):
+            raise ValueError(
+                f"{key}={list(weights)} must be {count} numbers >= 0, one for each of data.sources, and one "
+                "above 0"
+            )
+    batch = {key: getattr(settings, key) for key in ("row_tokens", "global_tokens", "micro_rows")}
+    changes = {key: value for key, value in batch.items() if value is not None}
+    theta = settings.rope_theta or cfg.model.rope_theta
+    shares = settings.length_shares or cfg.data.length_shares
+    return dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, rope_theta=theta),
+        batch=dataclasses.replace(cfg.batch, **changes),
+        data=dataclasses.replace(cfg.data, length_shares=shares),
+        parallel=settings.parallel.apply(cfg.parallel),
+    )
+
+
+def _mixture(cfg: RunConfig, weights: Sequence[float] | None) -> Mixture:
+    own = tuple(source.weight for source in cfg.data.sources) if weights is None else tuple(weights)
+    shares = cfg.data.length_shares
+    return Mixture(own, None if shares is None else tuple(shares))
+
+
+def validate_stages(stages: Sequence[Stage], world_size: int) -> None:
+    """Check every stage before the first step.
+
+    Raises:
+        ConfigError: with stage, key, value, rule and remedy.
+    """
+    for stage in stages:
+        with _naming(stage.name):
+            stage.cfg.validate(world_size)
+
+
+def _naming(name: str) -> AbstractContextManager[None]:
+    """A ValueError from here concerns this stage."""
+    return user_errors(f"curriculum stage {name}: " if name else "")
+
+
+def stage_of(stages: Sequence[Stage], step: int) -> Stage:
+    """The stage of the step after `step` steps; the last one after all."""
+    return next((stage for stage in stages if step < stage.end_step), stages[-1])
+
+
+def total_steps(stages: Sequence[Stage]) -> int:
+    """Steps of the run: to train.steps or to the curriculum's end, whichever comes first."""
+    limit = stages[0].cfg.train.steps
+    return stages[-1].end_step if limit is None else min(limit, stages[-1].end_step)
+
+
+def tokens_at(stages: Sequence[Stage], step: int) -> int:
+    """Input tokens consumed before the step after `step` steps."""
+    stage = stage_of(stages, step)
+    return stage.first_tokens + (step - stage.first_step) * stage.cfg.batch.global_tokens
