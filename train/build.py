@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,13 @@ class RunProgress:
     """Input tokens consumed since step 0."""
     optimizer_steps: int = 0
     """Updates made."""
+    consumed: dict[str, list[int]] = field(default_factory=dict)
+    """By stage name: stream tokens taken from each of data.sources."""
+
+    def count_sources(self, stage: str, totals: list[int]) -> None:
+        """Note what a stage took: of the run's totals, what no other stage did."""
+        others = [tokens for name, tokens in self.consumed.items() if name != stage]
+        self.consumed[stage] = [total - sum(taken) for total, *taken in zip(totals, *others, strict=True)]
 
     def advance(self, tokens: int, *, skipped: bool) -> None:
         """Count one step of `tokens` input tokens."""
@@ -133,6 +140,8 @@ def build_run(stages: list[Stage], stage: Stage, mesh: Mesh, stop: StopRequest, 
         with user_errors():
             progress = RunProgress(**manifest["progress"])
             loader.load_state_dict(manifest["data"], step=progress.step)
+        if "consumed" not in manifest["progress"]:  # saved before stages were counted
+            progress.count_sources("before", manifest["data"]["source_tokens"])
         log.info("resumed from %s", found)
     metrics = None
     if mesh.rank == 0:
@@ -187,6 +196,7 @@ def build_engine(parts: list[Transformer], cfg: RunConfig, mesh: Mesh) -> Single
 
 def enter_stage(run: Run, stage: Stage) -> None:
     """Go on with a stage of the same layout: its sizes, its schedule of micro-batches, its RoPE base."""
+    run.progress.count_sources(run.stage.name, run.loader.state_dict()["source_tokens"])
     run.stage = stage
     for part in run.parts:
         part.rope_theta = stage.cfg.model.rope_theta
@@ -223,7 +233,8 @@ def build_data(
     loader = Loader(datasets, cfg.data, split="train", shape=shape, seed=cfg.seed, buckets=buckets, **where)
     for one in stages:
         if one.cfg.parallel == cfg.parallel:
-            loader.check(plan(one.first_step)[0], one.own)
+            for mixture in (one.own, one.last):
+                loader.check(plan(one.first_step)[0], mixture)
     return Prefetcher(loader, plan, step=stage.first_step, device=mesh.device), held_out
 
 

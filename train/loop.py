@@ -63,9 +63,11 @@ def train(run: Run) -> tuple[Ending, str]:
 
 def save(run: Run) -> None:
     """Save weights, moments, clocks and data position of this step."""
+    data = run.loader.state_dict()
+    run.progress.count_sources(run.stage.name, data["source_tokens"])
     facts = {
         "progress": asdict(run.progress),
-        "data": run.loader.state_dict(),
+        "data": data,
         "config": asdict(run.cfg),
         "torch": torch.__version__,
     }

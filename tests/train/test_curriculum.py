@@ -131,8 +131,12 @@ def small(run_dir: Path, *overrides: str, processes: int = 0) -> None:
     pretrain(*arguments, processes=processes)
 
 
+def manifest(run_dir: Path, step: int) -> dict[str, Any]:
+    return json.loads((run_dir / f"checkpoints/step-{step}/manifest.json").read_text())
+
+
 def data_state(run_dir: Path, step: int) -> dict[str, Any]:
-    return json.loads((run_dir / f"checkpoints/step-{step}/manifest.json").read_text())["data"]
+    return manifest(run_dir, step)["data"]
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +164,31 @@ def test_interrupted_anywhere_it_is_bitwise_the_same(whole: Path, tmp_path: Path
     for key in ("loss", "grad_norm", "lr", "tokens"):
         assert column(tmp_path / "cut", key).tolist() == column(whole, key).tolist(), key
     assert data_state(tmp_path / "cut", 16) == data_state(whole, 16)
+    counted = manifest(whole, 16)["progress"]["consumed"]
+    assert manifest(tmp_path / "cut", 16)["progress"]["consumed"] == counted
+    ends = [data_state(tmp_path / "cut", step)["source_tokens"] for step in (6, 12, 16)]
+    assert list(counted.values()) == [
+        [b - a for a, b in zip(before, after, strict=True)]
+        for before, after in zip([[0] * len(ends[0]), *ends], ends, strict=False)
+    ]
+    assert [sum(tokens) for tokens in counted.values()] == pytest.approx(
+        [6 * 4096, 6 * 4096, 4 * 8192], rel=0.05
+    )
+
+
+def test_a_checkpoint_from_before_stages_were_counted(whole: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "old"
+    small(run_dir, "train.steps=8")
+    path = run_dir / "checkpoints/step-8/manifest.json"
+    found = json.loads(path.read_text())
+    del found["progress"]["consumed"]
+    path.write_text(json.dumps(found))
+    small(run_dir)
+    counted = manifest(run_dir, 16)["progress"]["consumed"]
+    assert counted["before"] == found["data"]["source_tokens"] and len(counted) == 3
+    totals = data_state(run_dir, 16)["source_tokens"]
+    assert [sum(column) for column in zip(*counted.values(), strict=True)] == totals
+    assert column(run_dir, "loss").tolist() == column(whole, "loss").tolist()
 
 
 def test_another_data_parallel_size_reads_the_same_tokens(whole: Path, tmp_path: Path) -> None:
