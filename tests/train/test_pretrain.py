@@ -104,7 +104,10 @@ def test_run_directory(base: tuple[Path, list[str]]) -> None:
     assert ending(run_dir) == ("DONE", {"code": 0, "step": 20, "reason": "train.steps reached"})
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-10", "step-20"]
     manifest = json.loads((run_dir / "checkpoints/step-20/manifest.json").read_text())
-    assert manifest["progress"] == {"step": 20, "tokens": 20480, "optimizer_steps": 20}
+    consumed = {"": [20 * 8 * 129]}  # rows of 128 tokens take one token more from the stream
+    assert manifest["progress"] == {
+        "step": 20, "tokens": 20480, "optimizer_steps": 20, "consumed": consumed,
+    }  # fmt: skip
     assert manifest["config"]["model"]["num_layers"] == 4 and len(manifest["git_commit"]) == 40
     assert {path.name for path in run_dir.iterdir()} == {
         "config.yaml", "metrics.jsonl", "experts.jsonl", "checkpoints", "DONE",
@@ -302,7 +305,9 @@ def test_non_finite_gradients_skip_one_step(base: tuple[Path, list[str]], tmp_pa
         np.array_equal(third[key], fourth[key]) for key in third if ".norm" not in key and "model" in key
     )
     manifest = json.loads((tmp_path / "checkpoints/step-4/manifest.json").read_text())
-    assert manifest["progress"] == {"step": 4, "tokens": 4096, "optimizer_steps": 3}
+    progress = manifest["progress"]
+    assert (progress["step"], progress["tokens"], progress["optimizer_steps"]) == (4, 4096, 3)
+    assert progress["consumed"] == {"": [4 * 8 * 129]}  # a skipped step's tokens are gone, too
 
 
 def broken_corpus(source: Path, target: Path, change: str) -> None:
