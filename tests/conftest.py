@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is decorated: before anything imports one
+
 from data.dataset import DatasetWriter
 from data.tokenizer import eos_id, train_tokenizer
 

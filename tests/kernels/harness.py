@@ -1,0 +1,74 @@
+"""How a kernel is compared with its twin: errors against wide arithmetic, unwritten memory, repetition.
+
+On a machine with a GPU the kernels run as they are; elsewhere Triton interprets them (tests/conftest.py), in
+fp32 and fp16 only, because its bf16 products are wrong.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
+
+Op = Callable[..., Any]
+
+
+def random_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
+    """Normal numbers on DEVICE, the same on every machine."""
+    numbers = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return (numbers * scale).to(DEVICE, dtype)
+
+
+def outputs_and_gradients(op: Op, inputs: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """All results of op(*inputs), then the gradients of all floating inputs for random upstream gradients."""
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    found = op(*leaves)
+    found = list(found) if isinstance(found, tuple | list) else [found]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    upstream = [random_tensor(*y.shape, seed=seed + i, dtype=y.dtype) for i, y in enumerate(found)]
+    grads = torch.autograd.grad(found, wanted, upstream)
+    return [*(y.detach() for y in found), *grads]
+
+
+def errors(actual: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Relative to the truth: in the Euclidean norm, and of the largest entry."""
+    difference, truth = actual.double() - truth.double(), truth.double()
+    tiny = torch.finfo(torch.float64).tiny
+    if not truth.numel():
+        return 0.0, 0.0
+    return (
+        float(difference.norm() / truth.norm().clamp(min=tiny)),
+        float(difference.abs().max() / truth.abs().max().clamp(min=tiny)),
+    )
+
+
+def check_against_twin(
+    kernel: Op, twin: Op, inputs: Sequence[Tensor], *, dtype: torch.dtype, seed: int = 1
+) -> None:
+    """Results and gradients err at most twice as much as the twin's in the same dtype, and repeat bitwise.
+
+    Args:
+        kernel, twin: functions of the inputs; the twin is the truth when it computes in fp64.
+        inputs: fp64 tensors become `dtype`, all others are passed as they are.
+    """
+    narrow = [x.to(dtype) if x.dtype == torch.float64 else x for x in inputs]
+    # The truth is that of the rounded inputs.
+    wide = [x.double() if x.is_floating_point() else x for x in narrow]
+    truth = outputs_and_gradients(twin, wide, seed)
+    plain = outputs_and_gradients(twin, narrow, seed)
+    found = outputs_and_gradients(kernel, narrow, seed)
+    again = outputs_and_gradients(kernel, narrow, seed)
+    assert len(found) == len(truth)
+    for number, (actual, expected, right, repeated) in enumerate(
+        zip(found, plain, truth, again, strict=True)
+    ):
+        assert actual.shape == right.shape and actual.dtype == expected.dtype, f"value {number}"
+        assert actual.isfinite().all(), f"value {number} has entries that were not written, or overflowed"
+        assert torch.equal(actual, repeated), f"value {number} differs between two runs"
+        allowed = errors(expected, right)
+        for mine, theirs in zip(errors(actual, right), allowed, strict=True):
+            bound = 2 * theirs + torch.finfo(actual.dtype).eps  # eps: where the twin happens to be exact
+            assert mine <= bound, f"value {number}: error {mine:.3g}, twin's {theirs:.3g}"
