@@ -13,7 +13,8 @@ from model.attention import SoftmaxAttention
 from model.config import LayerType, ModelConfig, RouterConfig
 from model.layers import RMSNorm
 from model.lightning import LightningAttention, LightningCore
-from model.moe import Micro, MoE, Router
+from model.moe import MoE
+from model.router import Micro, Router
 
 
 class Block(nn.Module):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from kernels.permute import Sorting, permute, sort_choices, unpermute
 from model.config import ModelConfig
-from model.moe import Compute, Experts, MoE, Routing
+from model.moe import Compute, Experts, MoE
+from model.router import Routing
 from model.transformer import Transformer
 from parallel.collectives import all_gather
 from parallel.mesh import Axis, Mesh

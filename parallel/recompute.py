@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import SoftmaxAttention, SoftmaxCore
-from model.moe import Memo
+from model.router import Memo
 from model.transformer import Block, Transformer
 from parallel.config import Recompute
 from parallel.context import PrefixStateCore

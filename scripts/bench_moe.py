@@ -13,7 +13,7 @@ from torch import Tensor
 from model.capacity import PIECES, capacity, decide_replicas, line_up
 from model.config import ModelConfig, RouterConfig
 from model.hashing import draw
-from model.moe import Micro, Router
+from model.router import Micro, Router
 from parallel.mesh import Axis, one_process
 from parallel.pool import StagePool
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from model.capacity import LocalPool, decide_replicas, line_up
 from model.config import RouterConfig
-from model.moe import Micro, MoE
+from model.moe import MoE
+from model.router import Micro
 from scripts.bench_moe import one_layer
 
 FLOOR_TFLOPS = 790

@@ -17,7 +17,7 @@ from data.packing import Batch
 from data.prefetch import Prefetcher
 from model.config import Balancing
 from model.flops import count_parameters
-from model.moe import Router
+from model.router import Router
 from model.transformer import Transformer
 from parallel.apply import build_parts, parallelize
 from parallel.mesh import Mesh

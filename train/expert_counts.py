@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from model.moe import Router
+from model.router import Router
 from parallel.mesh import Axis
 from parallel.pipeline import gather_layers
 

@@ -51,7 +51,7 @@ def test_padded_rows_equal_one_full_row(factor: float | None) -> None:
     # One document's worth of rotation: the order of admission begins at row and document 0 in both.
     router = RouterConfig(capacity_factor=factor, z_loss_coefficient=0.1, aux_loss_coefficient=0.2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model.moe.draw", lambda *parts: 0)
+        patch.setattr("model.router.draw", lambda *parts: 0)
         losses, gradients, whole = run(router, [[0, 1, 2, 3]], sum(LENGTHS))
         padded_losses, padded_gradients, padded = run(router, [[0], [1, 2], [3]], 12)
     for mine, expected in zip(padded_losses, losses, strict=True):

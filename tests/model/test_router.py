@@ -12,7 +12,8 @@ from torch import Tensor
 
 from model.config import AuxNormalisation, AuxScope, Balancing, ModelConfig, Renormalise, RouterConfig, Scope
 from model.hashing import draw, uniform
-from model.moe import Micro, MoE, Router, Routing
+from model.moe import MoE
+from model.router import Micro, Router, Routing
 from model.transformer import Transformer
 from parallel.apply import build_parts, parallelize
 from parallel.config import MoEConfig, ParallelConfig, Recompute

@@ -24,7 +24,7 @@ from torch import Tensor
 from data.config import DataConfig, SourceConfig
 from model.capacity import Admission
 from model.config import Balancing, ModelConfig, RouterConfig
-from model.moe import Micro, Router, Routing
+from model.router import Micro, Router, Routing
 from model.transformer import Transformer
 from parallel.apply import build_parts, parallelize
 from parallel.collectives import all_reduce_sum
@@ -362,7 +362,7 @@ def reference(case: Case, *, jolt: float = 0.0) -> Reference:
         router.register_forward_hook(watch)
     decisions = watch_decisions(built)
     losses, squares, gradients = [], [], []
-    with mock.patch("model.moe.decide_replicas", drop_by_hand(case)):
+    with mock.patch("model.router.decide_replicas", drop_by_hand(case)):
         for step in range(STEPS):
             loss, square = built.backward(case, step)
             losses.append(loss)

@@ -19,7 +19,7 @@ from torch import Tensor
 from model.capacity import LocalPool, capacity, decide_replicas, line_up, spread
 from model.config import ModelConfig, RouterConfig, Scope
 from model.hashing import draw
-from model.moe import Micro, Router, Routing
+from model.router import Micro, Router, Routing
 from parallel.config import ParallelConfig
 from parallel.expert import AllToAllDispatcher
 from parallel.mesh import init_mesh
@@ -256,7 +256,7 @@ def drop_rates_by_quarter(is_rotating: bool) -> tuple[Tensor, Tensor]:
         cuts = [sorted(rng.sample(range(1, 64), 12)) for _ in range(4)]
         offsets = torch.tensor([[0, *row, 64] for row in cuts], dtype=torch.int32)
         micro = Micro(offsets, step, 1.0)
-        with mock.patch("model.moe.draw", wraps_draw(is_rotating)):
+        with mock.patch("model.router.draw", wraps_draw(is_rotating)):
             routing = router(torch.randn(4, 64, 4), micro)
         assert routing.replicas is not None
         dropped = (routing.replicas < 0).double().view(4, 4, 16, 2)

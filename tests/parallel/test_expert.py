@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.moe import Micro, MoE
+from model.moe import MoE
+from model.router import Micro
 from model.transformer import Transformer
 from parallel.collectives import all_reduce_sum
 from parallel.config import ParallelConfig

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.capacity import capacity
 from model.config import AuxScope, RouterConfig, Scope
-from model.moe import Micro, Router, Routing
+from model.router import Micro, Router, Routing
 from parallel.config import ParallelConfig, Recompute, Schedule
 from parallel.mesh import Mesh, init_mesh
 from tests.parallel.harness import TINY, Built, Case, build, explain_failures, run_cases

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig, RouterConfig
-from model.moe import Router
+from model.router import Router
 from parallel.mesh import one_process
 from train.expert_counts import ExpertCounts, read_counts
 

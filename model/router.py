@@ -1,0 +1,207 @@
+"""Router of the experts: fp32 softmax, top-k, balancing losses, counts; who admits: model/capacity.py.
+
+`pool` is the place where a parallel form enters; its default knows one process.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kernels.permute import sort_choices
+from model.capacity import LocalPool, Pool, decide_replicas, line_up
+from model.config import AuxNormalisation, AuxScope, Balancing, ModelConfig, Renormalise, RouterConfig
+from model.hashing import draw, uniform
+from model.layers import linear
+
+
+class Micro(NamedTuple):
+    """What the router knows of a micro-batch besides its hidden states."""
+
+    offsets: Tensor
+    """[rows, max_documents + 1], of the full rows."""
+    number: int
+    """Counts the micro-batches of the run."""
+    loss_weight: float
+    """Factor of each layer's balancing losses, before their coefficients, in the differentiated loss."""
+    lengths: Tensor | None = None
+    """[rows]: tokens of each row; those behind them are padding. None: there is none."""
+
+
+class Routing(NamedTuple):
+    """The router's decision for this rank's tokens."""
+
+    weights: Tensor
+    """[tokens, top_k] fp32."""
+    experts: Tensor
+    """[tokens, top_k] int64."""
+    replicas: Tensor | None
+    """[tokens, top_k]: EP group that computes the choice, -1 where none does; None where all are its own."""
+
+
+class Decision(NamedTuple):
+    """The part of a routing that has no gradient; recomputation takes it over from the first pass."""
+
+    experts: Tensor
+    """[tokens, top_k] int64."""
+    replicas: Tensor | None
+    """As in Routing."""
+    real: Tensor | None
+    """[tokens]: 0 for padding, else 1; None without padding."""
+    share: Tensor
+    """[experts]: part of the choices of aux_scope that chose each expert."""
+    tokens: Tensor
+    """Scalar: tokens of the pool."""
+
+
+class Memo:
+    """Belongs to one call of a block that will be computed again."""
+
+    decision: Decision | None = None
+    """Of the first pass."""
+
+
+class Router(nn.Module):
+    """softmax over all experts in fp32, top-k, renormalised to 1, capacity (arXiv 2501.08313 sec. 2.1).
+
+    Counts and loss sums are this rank's; their sum over the pool's ranks is the pool's.
+    """
+
+    load: Tensor
+    dropped: Tensor
+    moved: Tensor
+    step_choices: Tensor
+    bias: Tensor
+    losses: Tensor
+
+    def __init__(self, cfg: ModelConfig, router: RouterConfig, layer: int) -> None:
+        super().__init__()
+        self.cfg, self.layer, self.seed = router, layer, 0
+        self.num_experts, self.top_k = cfg.num_experts, cfg.experts_per_token
+        self.gate = linear(cfg.hidden_size, cfg.num_experts)
+        self.pool: Pool = LocalPool()
+        self.memo: Memo | None = None
+        """Set while a block runs that will be, or is being, computed again."""
+        counts = torch.zeros(cfg.num_experts, dtype=torch.int64)
+        for name in ("load", "dropped", "step_choices"):  # step_choices: of the whole pool
+            self.register_buffer(name, counts.clone(), persistent=False)
+        self.register_buffer("moved", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("bias", torch.zeros(cfg.num_experts), persistent=False)
+        # [aux, z, entropy] of the step, each a sum of the micro-batches' means over the pool
+        self.register_buffer("losses", torch.zeros(3), persistent=False)
+
+    def reset_buffers(self) -> None:
+        """Start all statistics, and the bias, from 0."""
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
+
+    def begin_step(self) -> None:
+        """Forget the step before; load, dropped and moved go on until they are read."""
+        self.step_choices.zero_()
+        self.losses.zero_()
+
+    def end_step(self) -> None:
+        """Move the bias of each expert towards an equal share of the step's choices."""
+        if self.cfg.balancing is Balancing.bias:
+            choices = self.step_choices.double()
+            self.bias += self.cfg.bias_update_rate * (choices.mean() - choices).sign().float()
+
+    def forward(self, x: Tensor, micro: Micro) -> Routing:
+        """Route [rows, tokens/(cp tp), hidden]; in training, count and attach the balancing losses."""
+        wide = x.to(self.gate.weight.dtype)
+        if self.training and self.cfg.jitter:
+            wide = wide * self._jitter(x, micro)
+        logits = self.gate(wide).flatten(0, 1)
+        probs = logits.softmax(-1)
+        memo, decision = self.memo, None if self.memo is None else self.memo.decision
+        is_first = decision is None
+        if decision is None:
+            decision = self._decide(probs.detach(), x, micro)
+        if memo is not None:
+            memo.decision = decision
+        weights = probs.gather(-1, decision.experts)
+        if self.cfg.renormalise is Renormalise.after_drop and decision.replicas is not None:
+            weights = torch.where(decision.replicas >= 0, weights, 0)
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+        if self.training:
+            loss = self._balance(logits, probs, decision, is_first)
+            weights = _AddLoss.apply(weights, loss * micro.loss_weight)
+        return Routing(weights, decision.experts, decision.replicas)
+
+    @torch.no_grad()
+    def _decide(self, probs: Tensor, x: Tensor, micro: Micro) -> Decision:
+        """Choose experts for [tokens, experts] probabilities, drop what exceeds the capacity, count."""
+        experts, pool, real = self._choose(probs, x, micro), self.pool, None
+        replicas, wanted, group = None, experts, pool.rank // pool.group_size
+        if micro.lengths is not None:
+            real = (pool.places(x).positions < micro.lengths[:, None]).flatten()
+            wanted = torch.where(real[:, None], experts, self.num_experts)
+            replicas = torch.where(real[:, None], group, -1).expand_as(experts)
+        if not self.training:  # no capacity: held-out loss is that of the model as it is served
+            return Decision(experts, replicas, real, *probs.new_empty(2, 0))
+        if self.cfg.capacity_factor is None:
+            choices = sort_choices(wanted.flatten(), self.num_experts).counts
+            pooled = pool.sum(choices)
+        else:
+            cells, keys = line_up(pool.places(x), micro.offsets, draw(self.seed, micro.number, self.layer))
+            replicas, choices, dropped, pooled = decide_replicas(
+                wanted, cells, keys, pool, num_experts=self.num_experts, factor=self.cfg.capacity_factor
+            )
+            self.dropped += dropped
+            if pool.num_groups > 1:
+                self.moved += ((replicas >= 0) & (replicas != group)).sum()
+        self.load += choices
+        self.step_choices += pooled
+        counted = self.step_choices if self.cfg.aux_scope is AuxScope.global_batch else pooled
+        share = counted.to(probs.dtype) / counted.sum()
+        return Decision(experts, replicas, real, share, pooled.sum() / self.top_k)
+
+    def _choose(self, probs: Tensor, x: Tensor, micro: Micro) -> Tensor:
+        """[tokens, top_k] experts."""
+        if self.cfg.force == "none":
+            biased = probs + self.bias if self.cfg.balancing is Balancing.bias else probs
+            return biased.topk(self.top_k, dim=-1).indices
+        index = self.pool.places(x).numbers.reshape(-1, 1)
+        every_expert = torch.arange(self.num_experts, device=x.device)
+        if self.cfg.skew is None:
+            return (index * self.top_k + every_expert[: self.top_k] + self.layer) % self.num_experts
+        key = draw(self.seed, micro.number, self.layer, 1)
+        noise = -torch.log(-torch.log(uniform(index * self.num_experts + every_expert, key)))  # Gumbel
+        return (noise - self.cfg.skew * torch.log(every_expert + 1.0)).topk(self.top_k, dim=-1).indices
+
+    def _jitter(self, x: Tensor, micro: Micro) -> Tensor:
+        """Factors of [rows, tokens, hidden], by seed, micro-batch, layer, place in the pool and entry."""
+        index = self.pool.places(x).numbers[..., None] * x.shape[-1]
+        key = draw(self.seed, micro.number, self.layer, 2)
+        noise = uniform(index + torch.arange(x.shape[-1], device=x.device), key)
+        return (1 + self.cfg.jitter * (2 * noise - 1)).to(self.gate.weight.dtype)
+
+    def _balance(self, logits: Tensor, probs: Tensor, decision: Decision, is_first: bool) -> Tensor:
+        """This rank's part of the aux loss, E * sum_e share_e * mean P_e, and of the z-loss."""
+        cfg, tokens, squares = self.cfg, decision.tokens, logits.logsumexp(-1).square()
+        if decision.real is not None:
+            probs, squares = probs * decision.real[:, None], squares * decision.real
+        scale = self.num_experts if cfg.aux_normalisation is AuxNormalisation.switch else 1 / self.num_experts
+        aux = scale * (decision.share * probs.sum(0)).sum() / tokens
+        z = squares.sum() / tokens
+        if is_first:
+            with torch.no_grad():
+                entropy = -torch.special.xlogy(probs, probs).sum() / tokens
+                self.losses += torch.stack([aux, z, entropy])
+        loss = cfg.z_loss_coefficient * z
+        if cfg.balancing is Balancing.aux_loss:
+            loss = loss + cfg.aux_loss_coefficient * aux
+        return loss
+
+
+class _AddLoss(torch.autograd.Function):
+    """forward: the tensor itself; backward: its gradient, and 1 for the loss, as if it had been added."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.ones_like(loss))
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], ctx.saved_tensors[0]
