@@ -18,6 +18,8 @@ class Documents(NamedTuple):
     """[rows, tokens]: number of the token's document in its row, from 0."""
     positions: Tensor
     """[rows, tokens]: distance to the start of the token's document."""
+    on_host: list[list[int]] | None = None
+    """`offsets`, where they were known without reading them from the device."""
 
 
 def locate_documents(offsets: Tensor, tokens: int) -> Documents:

@@ -91,7 +91,8 @@ class Transformer(nn.Module):
 
         Args:
             x: [rows, tokens/cp] int64 token ids, or [rows, tokens/(cp tp), hidden] from the stage before.
-            offsets: [rows, max_documents + 1] int32, starts of the row's documents padded with its length.
+            offsets: [rows, max_documents + 1] int32, starts of the row's documents padded with its length; on
+                the host where it can be, as attention then knows how long they are.
             targets: [rows, tokens/cp] int64, negative = none.
             number: [rows] int64 on the host, the same in each: counts the run's micro-batches; None = 0.
             lengths: [rows]: tokens of each row before its padding, which is the last document; None = all.
@@ -102,7 +103,10 @@ class Transformer(nn.Module):
             [rows, tokens/cp, vocab] fp32 logits, [rows, tokens/cp] fp32 losses, 0 where there is no target,
             or [rows, tokens/(cp tp), hidden].
         """
+        on_host = offsets.tolist() if offsets.device.type == "cpu" else None
+        offsets = offsets.to(x.device, non_blocking=True)
         documents = self.locate(offsets, x.shape[1] * (1 if self.embed is not None else self.sequence_parts))
+        documents = documents._replace(on_host=on_host)
         rotary = rotary_table(documents.positions, self.cfg.rotary_dim, self.rope_theta)
         micro = Micro(offsets, 0 if number is None else int(number[0]), loss_weight, lengths)
         if self.embed is not None:

@@ -38,14 +38,14 @@ SCHEDULES: dict[Schedule, type[PipelineScheduleSingle] | type[PipelineScheduleMu
 
 
 class MicroBatch(NamedTuple):
-    """What one rank computes at once, on its device."""
+    """What one rank computes at once, on its device but for `offsets` and `number`."""
 
     tokens: Tensor
     """[rows, tokens/cp] int64."""
     targets: Tensor
     """[rows, tokens/cp] int64, negative = none."""
     offsets: Tensor
-    """[rows, max_documents + 1] int32; the same width in all micro-batches of a step."""
+    """[rows, max_documents + 1] int32, best on the host; the same width in all micro-batches of a step."""
     number: Tensor
     """[rows] int64 on the host, the same in each row: counts the micro-batches of the run."""
     lengths: Tensor | None = None

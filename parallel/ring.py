@@ -96,12 +96,13 @@ class RingCore(nn.Module):
     ) -> tuple[Tensor, Any]:
         """q [rows, tokens/cp, heads, head_dim], k and v with kv_heads -> (o like q, result of filler).
 
-        Reads the offsets on the host: one synchronisation with the device a call.
+        Without `documents.on_host` it reads the offsets from the device: one synchronisation a call.
         """
         if self.cp.group is None and self.kept is None:
             return softmax_attention(q, k, v, documents), filler()
         ids = by_chunk(documents.ids)  # refuses odd lengths before anything is sent
-        ring = _Ring(self, documents.offsets.tolist(), q.shape[1] // 2)
+        offsets = documents.on_host or documents.offsets.tolist()
+        ring = _Ring(self, offsets, q.shape[1] // 2)
         return _RingAttention.apply(q, k, v, ids, ring, self.kept), filler()
 
 

@@ -84,11 +84,11 @@ def local_batches(run: Run, batches: Sequence[Batch]) -> list[MicroBatch]:
         MicroBatch(
             zigzag(b.tokens, cp),
             zigzag(b.targets, cp),
-            b.offsets,
+            batch.offsets,
             torch.full((len(b.offsets),), number),
             b.lengths if is_padded else None,
         )
-        for number, b in enumerate(moved, start=first)
+        for number, (batch, b) in enumerate(zip(batches, moved, strict=True), start=first)
     ]
 
 
