@@ -25,12 +25,25 @@ later row, or is dropped; both are counted."""
 class SourceConfig:
     """One tokenized dataset."""
 
-    path: str
-    """PREFIX of PREFIX.bin and PREFIX.idx."""
+    path: str | None = None
+    """PREFIX of PREFIX.bin and PREFIX.idx; this or dataset."""
+    dataset: str | None = None
+    """Text that is tokenized before the first step: globs, or NAME[:CONFIG][@REVISION] of a dataset."""
+    split: str = "train"
+    """Of a named dataset."""
+    text_key: str = "text"
+    """Key of the text in .jsonl, .parquet and named datasets."""
+    max_documents: int | None = None
+    """First documents of dataset that are taken; null = all."""
     weight: float = 1.0
     """Share of the tokens, relative to the other sources; 0.7 and 0.3 mean the same as 7 and 3."""
     max_epochs: float | None = None
     """How often its documents may be seen; then the other sources take its share. null = without end."""
+
+    @property
+    def name(self) -> str:
+        """What the user gave."""
+        return self.path or self.dataset or ""
 
 
 @dataclass(kw_only=True)
@@ -38,7 +51,11 @@ class DataConfig:
     """The mixture that a run trains and evaluates on."""
 
     sources: list[SourceConfig] = field(default_factory=list)
-    """Tokenized datasets; tokens are shared out by weight."""
+    """Datasets; tokens are shared out by weight."""
+    tokenizer: str | None = None
+    """tokenizer.json or its folder, for every sources[*].dataset."""
+    cache_dir: str = "corpus/cache"
+    """Where the tokens of sources[*].dataset are kept, in a folder for each content."""
     eval_fraction: float = 0.01
     """Fraction of each source's documents that only the eval split sees."""
     packing: Packing = Packing.concatenate
@@ -66,6 +83,7 @@ class DataConfig:
                 raise ValueError(
                     f"data.sources[{i}].max_epochs={source.max_epochs:g} must be > 0; null sets no limit"
                 )
+            self._check_origin(f"data.sources[{i}]", source)
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"data.eval_fraction={self.eval_fraction:g} must be >= 0 and < 1; try 0.01")
         if self.window < 1:
@@ -78,6 +96,25 @@ class DataConfig:
         if any(token < 0 for token in self.no_loss_tokens):
             raise ValueError(f"data.no_loss_tokens={self.no_loss_tokens} must be token ids, >= 0")
         self._check_buckets()
+
+    def _check_origin(self, key: str, source: SourceConfig) -> None:
+        if (source.path is None) == (source.dataset is None):
+            raise ValueError(
+                f"{key} has path={source.path} and dataset={source.dataset}; give one of them: the PREFIX of "
+                "prepared files, or text to tokenize"
+            )
+        if source.dataset is not None and self.tokenizer is None:
+            raise ValueError(
+                f"{key}.dataset={source.dataset} needs data.tokenizer; name a tokenizer.json or its folder"
+            )
+        if source.max_documents is not None and source.max_documents < 1:
+            raise ValueError(f"{key}.max_documents={source.max_documents} must be at least 1; null takes all")
+        for name in ("split", "text_key", "max_documents"):
+            value = getattr(source, name)
+            if source.dataset is None and value != getattr(SourceConfig, name):
+                raise ValueError(
+                    f"{key}.{name}={value} has no meaning with path; leave it out, or give dataset"
+                )
 
     def _check_buckets(self) -> None:
         bounds, shares = list(self.length_bounds), self.length_shares

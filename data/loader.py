@@ -109,6 +109,14 @@ class Loader:
                 f"divide by batch.micro_rows={shape.micro_rows} x data-parallel size={self._size}; "
                 "change one of them"
             )
+        self.check_mixture(mixture)
+
+    def check_mixture(self, mixture: Mixture) -> None:
+        """Refuse shares that the sources cannot give.
+
+        Raises:
+            ValueError: with keys, values, rule and remedy.
+        """
         shares = mixture.length_shares
         if len(mixture.weights) != len(self._datasets) or not _are_shares(mixture.weights):
             raise ValueError(

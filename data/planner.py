@@ -226,7 +226,7 @@ class Planner:
             log.warning(
                 "data.sources[%d] (%s), bucket %d: max_epochs=%g is reached; its share goes to others",
                 source,
-                self._cfg.sources[source].path,
+                self._cfg.sources[source].name,
                 bucket,
                 self._cfg.sources[source].max_epochs,
             )

@@ -18,7 +18,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from a tokenizer.json or its folder; it neither cuts nor pads a text."""
     file = tokenizer_file(path)
     if not file.is_file():
-        raise ValueError(f"tokenizer {file} not found; name a tokenizer.json or its folder, or train one")
+        raise ValueError(
+            f"tokenizer {file} not found; name a tokenizer.json or its folder: --tokenizer, or data.tokenizer"
+        )
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust library raises plain Exception

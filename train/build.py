@@ -1,6 +1,8 @@
 """Every object of a run, built once and in order, from the configuration to the first batch."""
 
+import json
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,8 +12,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from data.config import DataConfig
 from data.dataset import TokenDataset
 from data.loader import Loader, Shape
+from data.materialise import materialise
 from data.mixture import Mixture
 from data.packing import Batch
 from data.prefetch import Prefetcher
@@ -20,6 +24,7 @@ from model.flops import count_parameters
 from model.router import Router
 from model.transformer import Transformer
 from parallel.apply import build_parts, parallelize
+from parallel.collectives import all_reduce_sum
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline, SingleStage
 from parallel.placement import Shard
@@ -32,6 +37,7 @@ from train.stages import Stage, stage_of, tokens_at, total_steps
 
 log = logging.getLogger(__name__)
 
+BEAT_SECONDS = 30
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
 
 
@@ -209,7 +215,7 @@ def build_data(
 ) -> tuple[Prefetcher, Callable[[RunConfig], list[Batch]]]:
     """The training data of all stages, and a function that reads a stage's held-out rows."""
     cfg = stage.cfg
-    datasets = [TokenDataset(source.path) for source in cfg.data.sources]
+    datasets = [TokenDataset(prefix) for prefix in find_tokens(cfg.data, mesh)]
     where: dict[str, Any] = {
         "rank": mesh.dp.rank,
         "size": mesh.dp.size,
@@ -232,10 +238,50 @@ def build_data(
     buckets = any(one.own.length_shares is not None for one in stages)
     loader = Loader(datasets, cfg.data, split="train", shape=shape, seed=cfg.seed, buckets=buckets, **where)
     for one in stages:
-        if one.cfg.parallel == cfg.parallel:
-            for mixture in (one.own, one.last):
-                loader.check(plan(one.first_step)[0], mixture)
+        if one.cfg.parallel == cfg.parallel:  # else its shape is for another number of data-parallel ranks
+            loader.check(plan(one.first_step)[0], one.own)
+        for mixture in (one.mixture_at(one.first_tokens), one.own, one.last):
+            loader.check_mixture(mixture)
     return Prefetcher(loader, plan, step=stage.first_step, device=mesh.device), held_out
+
+
+def find_tokens(cfg: DataConfig, mesh: Mesh) -> list[str]:
+    """Prefixes of the sources' token files. Rank 0 tokenizes what is not yet, the others wait for it.
+
+    Raises:
+        ValueError: text or tokenizer cannot be used; the same on every rank.
+    """
+    beat = time.monotonic()
+
+    def progress(documents: int) -> None:
+        nonlocal beat
+        if time.monotonic() > beat + BEAT_SECONDS:
+            log.info("tokenized %d documents", documents)
+            from_leader("", mesh)  # so that no rank takes a long wait for a dead leader
+            beat = time.monotonic()
+
+    said = ""
+    if mesh.rank == 0:
+        try:
+            prefixes = [materialise(cfg, i, progress) for i in range(len(cfg.sources))]
+            said = json.dumps({"prefixes": prefixes})
+        except ValueError as error:
+            said = json.dumps({"error": str(error)})
+    while not (heard := from_leader(said, mesh)):
+        pass
+    found = json.loads(heard)
+    if "error" in found:
+        raise ValueError(found["error"])
+    return found["prefixes"]
+
+
+def from_leader(text: str, mesh: Mesh) -> str:
+    """Rank 0's text, on every rank; the others give ""."""
+    content = text.encode()
+    size = int(all_reduce_sum(torch.tensor(len(content), device=mesh.device), mesh.world))
+    sent = torch.zeros(size, dtype=torch.uint8, device=mesh.device)
+    sent[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+    return bytes(all_reduce_sum(sent, mesh.world).tolist()).decode()
 
 
 def device_type(device: Device) -> str:

@@ -13,8 +13,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from data.dataset import TokenDataset
+from data.texts import REMEDIES
 from data.tokenizer import load_tokenizer, train_tokenizer
-from scripts.prepare_data import REMEDIES, main, train_on
+from scripts.prepare_data import main, train_on
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 
@@ -269,7 +270,7 @@ def test_quarantine_is_the_same_for_any_workers_bounded_and_removed_when_stale(
     lines = [json.dumps({"text": text if i % 5 else ["", 1][i % 2]}) for i, text in enumerate(TEXTS * 2)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     (tmp_path / "good.txt").write_text("good")
-    monkeypatch.setattr("scripts.prepare_data.QUARANTINE_LINES", 60)
+    monkeypatch.setattr("data.texts.QUARANTINE_LINES", 60)
     for workers in ("1", "2"):
         assert run(tmp_path / "a.jsonl", tmp_path / workers, tokenizer, "--workers", workers) == 0
         assert "; refused 50 empty, 50 wrong type of text (" in capsys.readouterr().out
