@@ -1,9 +1,18 @@
-"""Tokens sorted by expert and back: forward and backward of both are pure gathers, hence deterministic."""
+"""Tokens sorted by expert and back: forward and backward move whole rows, no sum depends on chance.
+
+Letters: a choice is token * top_k + slot; `inverse` names the place of each choice, `kept` or more = none.
+Invariant: rows below `kept` are named exactly once, so what is written by place is written once, and wholly.
+"""
 
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from kernels.reference import permute as permute_by_index
+from kernels.reference import unpermute as unpermute_by_index
 
 
 class Sorting(NamedTuple):
@@ -47,7 +56,12 @@ def permute(x: Tensor, sorting: Sorting) -> Tensor:
     Returns:
         [kept, hidden].
     """
-    return _Permute.apply(x, sorting.order, sorting.inverse)
+    return _Permute.apply(x, sorting.order, sorting.inverse, x.is_cuda)
+
+
+def permute_triton(x: Tensor, sorting: Sorting) -> Tensor:
+    """`permute` by the kernel, whatever the device."""
+    return _Permute.apply(x, sorting.order, sorting.inverse, True)
 
 
 def unpermute(y: Tensor, sorting: Sorting, tokens: int) -> Tensor:
@@ -59,42 +73,120 @@ def unpermute(y: Tensor, sorting: Sorting, tokens: int) -> Tensor:
     Returns:
         [tokens, hidden].
     """
-    return _Unpermute.apply(y, sorting.order, sorting.inverse, tokens)
+    return _Unpermute.apply(y, sorting.order, sorting.inverse, tokens, y.is_cuda)
 
 
-def _gather(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    return x[order // (inverse.numel() // max(1, x.shape[0]))]
-
-
-def _sum(y: Tensor, inverse: Tensor, tokens: int) -> Tensor:
-    if len(y) < len(inverse):  # what was left out adds a row of zeros
-        y = torch.cat([y, y.new_zeros(1, *y.shape[1:])])
-        inverse = inverse.clamp(max=len(y) - 1)
-    return y[inverse].unflatten(0, (tokens, inverse.numel() // max(1, tokens))).sum(1)
+def unpermute_triton(y: Tensor, sorting: Sorting, tokens: int) -> Tensor:
+    """`unpermute` by the kernel, whatever the device."""
+    return _Unpermute.apply(y, sorting.order, sorting.inverse, tokens, True)
 
 
 class _Permute(torch.autograd.Function):
-    """forward: gather; backward: sum of each token's rows."""
+    """forward: copies each token's row to its choices; backward: sum of each token's rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, by_kernel: bool) -> Tensor:
         ctx.save_for_backward(inverse)
-        ctx.tokens = x.shape[0]
-        return _gather(x, order, inverse)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _sum(grads[0], ctx.saved_tensors[0], ctx.tokens), None, None
-
-
-class _Unpermute(torch.autograd.Function):
-    """forward: sum of each token's rows; backward: gather."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor, tokens: int) -> Tensor:
-        ctx.save_for_backward(order, inverse)
-        return _sum(y, inverse, tokens)
+        ctx.tokens, ctx.by_kernel = x.shape[0], by_kernel
+        return _spread(x, order, inverse) if by_kernel else permute_by_index(x, order, inverse)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _gather(grads[0], *ctx.saved_tensors), None, None, None
+        (inverse,) = ctx.saved_tensors
+        add = _collect if ctx.by_kernel else unpermute_by_index
+        return add(grads[0], inverse, ctx.tokens), None, None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    """forward: sum of each token's rows; backward: copies each token's row to its choices."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor, tokens: int, by_kernel: bool) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        ctx.by_kernel = by_kernel
+        return (_collect if by_kernel else unpermute_by_index)(y, inverse, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        order, inverse = ctx.saved_tensors
+        copy = _spread if ctx.by_kernel else permute_by_index
+        return copy(grads[0], order, inverse), None, None, None, None
+
+
+CONFIGS = [(1, 2048, 4), (256, 1, 4)]
+"""(rows, columns, warps) of a program: for rows of hidden states, and for single numbers such as weights."""
+
+
+def _spread(x: Tensor, order: Tensor, inverse: Tensor, config: tuple[int, int, int] | None = None) -> Tensor:
+    """[tokens, hidden] -> [kept, hidden]; reads a token once, a gather by place would do so top_k times."""
+    y = x.new_empty(len(order), x.shape[1])
+    if y.numel():
+        _launch(_spread_kernel, x, y, inverse, tokens=len(x), kept=len(order), config=config)
+    return y
+
+
+def _collect(y: Tensor, inverse: Tensor, tokens: int, config: tuple[int, int, int] | None = None) -> Tensor:
+    """[kept, hidden] -> [tokens, hidden]."""
+    x = y.new_empty(tokens, y.shape[1])
+    if x.numel():
+        _launch(_collect_kernel, y, x, inverse, tokens=tokens, kept=len(y), config=config)
+    return x
+
+
+def _launch(
+    kernel: Any,
+    source: Tensor,
+    target: Tensor,
+    inverse: Tensor,
+    *,
+    tokens: int,
+    kept: int,
+    config: tuple[int, int, int] | None,
+) -> None:
+    hidden = source.shape[1]
+    rows, columns, warps = config or CONFIGS[hidden == 1]
+    kernel[triton.cdiv(tokens, rows), triton.cdiv(hidden, columns)](
+        source.contiguous(),
+        target,
+        inverse,
+        tokens,
+        kept,
+        hidden,
+        TOP_K=inverse.numel() // tokens,
+        ROWS=rows,
+        COLUMNS=columns,
+        num_warps=warps,
+    )
+
+
+@triton.jit(do_not_specialize=["tokens", "kept"])
+def _spread_kernel(
+    x, y, inverse, tokens, kept, hidden, TOP_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """y[inverse[token, slot]] = x[token] for a tile of tokens."""
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real, inside = token < tokens, (column < hidden)[None, :]
+    row = tl.load(x + token[:, None] * hidden + column[None, :], real[:, None] & inside)
+    for slot in tl.static_range(TOP_K):
+        place = tl.load(inverse + token * TOP_K + slot, real, kept)
+        tl.store(y + place[:, None] * hidden + column[None, :], row, (place < kept)[:, None] & inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "kept"])
+def _collect_kernel(
+    y, x, inverse, tokens, kept, hidden, TOP_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """x[token] = sum of y[inverse[token, slot]] for a tile of tokens, slots in order."""
+    wide = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real, inside = token < tokens, (column < hidden)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), wide)
+    for slot in tl.static_range(TOP_K):
+        place = tl.load(inverse + token * TOP_K + slot, real, kept)
+        mask = (place < kept)[:, None] & inside
+        total += tl.load(y + place[:, None] * hidden + column[None, :], mask, 0).to(wide)
+    tl.store(
+        x + token[:, None] * hidden + column[None, :], total.to(x.dtype.element_ty), real[:, None] & inside
+    )

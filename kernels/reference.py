@@ -4,6 +4,8 @@ Sums and exponentials are fp32 (or the input's fp64), results come back in the i
 Shapes are those of one rank: heads, ffn and experts are whatever the caller holds.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +27,30 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = widen(x)
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return normed.to(x.dtype) * weight
+
+
+def gated_rms_norm(
+    o: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    parts: int = 1,
+    merge: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """sigmoid(gate) * RMSNorm(o), rounded as in `rms_norm`.
+
+    Args:
+        o, gate: [..., size]. weight: [size].
+        parts, merge: a row has `parts` parts of size entries; merge makes a part's square sum, [..., 1], the
+            row's.
+    """
+    if merge is None:
+        return torch.sigmoid(gate) * rms_norm(o, weight, eps)
+    wide = widen(o)
+    squares = merge(wide.square().sum(-1, keepdim=True))
+    normed = wide * torch.rsqrt(squares / (o.shape[-1] * parts) + eps)
+    return torch.sigmoid(gate) * (normed.to(o.dtype) * weight)
 
 
 def rotary_table(positions: Tensor, rotary_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -205,6 +231,36 @@ def swiglu(gate_up: Tensor, scale: Tensor) -> Tensor:
     """
     gate, up = widen(gate_up).unbind(1)
     return (F.silu(gate) * up * scale[:, None]).to(gate_up.dtype)
+
+
+def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Each token's row at the places of its choices.
+
+    Args:
+        x: [tokens, hidden].
+        order: [kept] choice (token * top_k + slot) at each place.
+        inverse: [tokens * top_k] place of each choice; kept or more: it has none.
+
+    Returns:
+        [kept, hidden].
+    """
+    return x[order // (inverse.numel() // max(1, x.shape[0]))]
+
+
+def unpermute(y: Tensor, inverse: Tensor, tokens: int) -> Tensor:
+    """The sum of the rows of each token's choices: the transpose of `permute`.
+
+    Args:
+        y: [kept, hidden].
+        inverse: [tokens * top_k] place of each choice; kept or more: it has none.
+
+    Returns:
+        [tokens, hidden].
+    """
+    if len(y) < len(inverse):  # what was left out adds a row of zeros
+        y = torch.cat([y, y.new_zeros(1, *y.shape[1:])])
+        inverse = inverse.clamp(max=len(y) - 1)
+    return y[inverse].unflatten(0, (tokens, inverse.numel() // max(1, tokens))).sum(1)
 
 
 def grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

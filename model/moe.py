@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kernels.grouped_gemm import grouped_gemm
 from kernels.permute import permute, sort_choices, unpermute
-from kernels.reference import swiglu
+from kernels.swiglu import swiglu
 from model.config import ModelConfig, RouterConfig
 from model.router import Micro, Router, Routing
 

@@ -1,0 +1,58 @@
+"""SwiGLU times the router's weight against its twin."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.reference import swiglu as swiglu_by_halves
+from kernels.swiglu import BACKWARD_CONFIGS, FORWARD_CONFIGS, _backward, _forward, swiglu, swiglu_triton
+from tests.kernels.harness import DEVICE, DTYPES, check_against_twin, errors, random_tensor
+
+SIZES = [(1, 1), (63, 100), (3, 2100)]
+if DEVICE.type == "cuda":
+    SIZES += [(500, 1408), (257, 9216), (4097, 1408)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "ffn"), SIZES)
+def test_kernels_compute_what_their_twin_computes(tokens: int, ffn: int, dtype: torch.dtype) -> None:
+    inputs = [random_tensor(tokens, 2, ffn, seed=1), random_tensor(tokens, seed=2).float()]
+    check_against_twin(swiglu_triton, swiglu_by_halves, inputs, dtype=dtype)
+
+
+@pytest.mark.parametrize("config", {*FORWARD_CONFIGS, *BACKWARD_CONFIGS})
+@pytest.mark.parametrize(("tokens", "ffn"), [(7, 24), (5, 1408)])
+def test_every_config(config: tuple[int, int, int], tokens: int, ffn: int) -> None:
+    gate_up, scale, grad = (
+        random_tensor(*shape, seed=1) for shape in ((tokens, 2, ffn), (tokens,), (tokens, ffn))
+    )
+    leaves = [x.requires_grad_() for x in (gate_up, scale)]
+    truth = swiglu_by_halves(*leaves)
+    expected = [truth.detach(), *torch.autograd.grad(truth, leaves, grad)]
+    narrow = [x.detach().float() for x in (gate_up, scale, grad)]
+    found = [_forward(*narrow[:2], config), *_backward(*narrow, config)]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert max(errors(mine, theirs)) < 1e-6
+
+
+def test_large_gates_stay_finite() -> None:
+    """exp overflows where a gate is very negative."""
+    gate_up = torch.tensor([[[-1e4, -100.0, 100.0, 1e4], [1.0, 2.0, 3.0, 4.0]]], device=DEVICE)
+    scale = torch.ones(1, device=DEVICE)
+    check_against_twin(swiglu_triton, swiglu_by_halves, [gate_up, scale], dtype=torch.float32)
+
+
+def test_gradients_with_any_strides_and_no_rows() -> None:
+    gate_up, scale = random_tensor(5, 2, 8, seed=1).requires_grad_(), random_tensor(5, seed=2)
+    found, expected = (
+        torch.autograd.grad(op(gate_up, scale).sum(), gate_up)[0] for op in (swiglu_triton, swiglu_by_halves)
+    )
+    torch.testing.assert_close(found, expected)
+    none: Tensor = swiglu_triton(gate_up[:0], scale[:0])
+    assert none.shape == (0, 8)
+    assert torch.autograd.grad(none.sum(), gate_up)[0].shape == gate_up.shape
+
+
+def test_public_op_takes_the_twin_without_a_gpu() -> None:
+    gate_up, scale = random_tensor(5, 2, 8, seed=1), random_tensor(5, seed=2)
+    torch.testing.assert_close(swiglu(gate_up, scale), swiglu_by_halves(gate_up, scale))
