@@ -233,6 +233,11 @@ def swiglu(gate_up: Tensor, scale: Tensor) -> Tensor:
     return (F.silu(gate) * up * scale[:, None]).to(gate_up.dtype)
 
 
+def count_keys(keys: Tensor, num_keys: int) -> Tensor:
+    """[num_keys] int64: how many of [choices] integers are each key; num_keys or more: not counted."""
+    return torch.bincount(keys.clamp(max=num_keys), minlength=num_keys + 1)[:num_keys]
+
+
 def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """Each token's row at the places of its choices.
 
