@@ -33,7 +33,7 @@ from train.config import ConfigError, Device, Precision, RunConfig, user_errors
 from train.metrics import MetricsWriter
 from train.optimizer import build_optimizer
 from train.signals import StopRequest
-from train.stages import Stage, stage_of, tokens_at, total_steps
+from train.stages import Stage, naming, stage_of, tokens_at, total_steps
 
 log = logging.getLogger(__name__)
 
@@ -238,10 +238,11 @@ def build_data(
     buckets = any(one.own.length_shares is not None for one in stages)
     loader = Loader(datasets, cfg.data, split="train", shape=shape, seed=cfg.seed, buckets=buckets, **where)
     for one in stages:
-        if one.cfg.parallel == cfg.parallel:  # else its shape is for another number of data-parallel ranks
-            loader.check(plan(one.first_step)[0], one.own)
-        for mixture in (one.mixture_at(one.first_tokens), one.own, one.last):
-            loader.check_mixture(mixture)
+        with naming(one.name):
+            if one.cfg.parallel == cfg.parallel:  # else its shape is for another number of ranks
+                loader.check(plan(one.first_step)[0], one.own)
+            for mixture in (one.mixture_at(one.first_tokens), one.own, one.last):
+                loader.check_mixture(mixture)
     return Prefetcher(loader, plan, step=stage.first_step, device=mesh.device), held_out
 
 

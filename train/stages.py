@@ -92,7 +92,7 @@ def build_stages(cfg: RunConfig) -> list[Stage]:
     stages: list[Stage] = []
     step = tokens = 0
     for number, settings in enumerate(cfg.curriculum):
-        with _naming(settings.name):
+        with naming(settings.name):
             effective = _configure(cfg, settings)
         steps = -(-settings.tokens // effective.batch.global_tokens)
         before = stages[-1].last if stages else _mixture(effective, settings.weights)
@@ -138,11 +138,11 @@ def validate_stages(stages: Sequence[Stage], world_size: int) -> None:
         ConfigError: with stage, key, value, rule and remedy.
     """
     for stage in stages:
-        with _naming(stage.name):
+        with naming(stage.name):
             stage.cfg.validate(world_size)
 
 
-def _naming(name: str) -> AbstractContextManager[None]:
+def naming(name: str) -> AbstractContextManager[None]:
     """A ValueError from here concerns this stage."""
     return user_errors(f"curriculum stage {name}: " if name else "")
 

@@ -5,11 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from data.config import SourceConfig
+from data.dataset import DatasetWriter
 from data.mixture import Mixture
+from parallel.mesh import one_process
 from tests.train.test_config import config
 from tests.train.test_pretrain import column, ending, launch, lines, pretrain
+from train.build import build_data
 from train.config import ConfigError, RunConfig
 from train.curriculum import LrShape, StageConfig, StageLayout
 from train.stages import build_stages, stage_of, tokens_at, total_steps, validate_stages
@@ -101,6 +107,30 @@ def test_what_a_stage_may_not_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, ValueError)) as caught:
         validate_stages(build_stages(two_sources(stage(), stage(name="late", **changes))), 1)
     assert message in str(caught.value) and "late" in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", [{}, {"parallel": StageLayout(tp=2)}])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {"length_shares": [1, 0, 1]}),  # no document is that long
+        ({}, {"length_shares": [1, 0, 0], "final_fraction": 0.1, "final_weights": [0, 1]}),
+        ({"weights": [0, 1]}, {"weights": [1, 1], "length_shares": [1, 0, 0], "transition_tokens": 1024}),
+    ],
+    ids=["its own", "its last", "its first"],
+)
+def test_mixtures_of_all_stages_are_checked_before_the_first_step(
+    first: dict[str, Any], second: dict[str, Any], layout: dict[str, Any], tmp_path: Path
+) -> None:
+    for name, length in (("a", 50), ("b", 500)):
+        with DatasetWriter(tmp_path / name, vocab_size=512) as writer:
+            for _ in range(9):
+                writer.add(np.zeros(length, np.int64))
+    sources = [SourceConfig(path=str(tmp_path / name)) for name in "ab"]
+    cfg = two_sources(stage(**first), stage(name="late", **second, **layout))
+    stages = build_stages(replace(cfg, data=replace(cfg.data, sources=sources, length_bounds=[100, 1000])))
+    with pytest.raises(ValueError, match=r"curriculum stage late: data\.length_shares\[[02]\]="):
+        build_data(stages, stages[0], one_process(torch.device("cpu")))
 
 
 def test_a_run_needs_an_end_and_one_kind_of_decay() -> None:
