@@ -5,6 +5,7 @@ Shapes are those of one rank: heads, ffn and experts are whatever the caller hol
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -233,6 +234,141 @@ def swiglu(gate_up: Tensor, scale: Tensor) -> Tensor:
     return (F.silu(gate) * up * scale[:, None]).to(gate_up.dtype)
 
 
+def choose_experts(
+    logits: Tensor, top_k: int, *, bias: Tensor | None = None, real: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Each token's top_k experts by logit or, with a bias, by softmax + bias; of equal ones the smaller number.
+
+    Args:
+        logits: [tokens, experts].
+        bias: [experts].
+        real: [tokens] bool, False for padding, which is in no sum; None = all.
+
+    Returns:
+        experts [tokens, top_k], and sums [1, experts + 2] over tokens: of the probabilities of each expert, of
+        the squares of log-sum-exp, of the entropies.
+    """
+    probs, squares = widen(logits).softmax(-1), widen(logits).logsumexp(-1).square()
+    scores = logits if bias is None else probs + bias
+    experts = scores.sort(-1, descending=True, stable=True).indices[:, :top_k]
+    if real is not None:
+        probs, squares = probs * real[:, None], squares * real
+    entropy = -torch.special.xlogy(probs, probs).sum()
+    return experts, torch.cat([probs.sum(0), torch.stack([squares.sum(), entropy])])[None]
+
+
+class Balance(NamedTuple):
+    """The router's losses on a rank's tokens: weight * (aux_coefficient * aux + z_coefficient * z)."""
+
+    real: Tensor | None
+    """[tokens] bool, False for padding; None = all real."""
+    share: Tensor
+    """[experts]: each one's part of the choices."""
+    tokens: Tensor
+    """Scalar: of the pool."""
+    scale: float
+    """aux = scale * sum_e share_e * (sum of the probabilities of e) / tokens."""
+    aux_coefficient: float
+    z_coefficient: float
+    """z = sum of log-sum-exp^2 / tokens."""
+    weight: float
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """Of what is divided by tokens, in aux and z."""
+        return self.weight * self.aux_coefficient * self.scale, self.weight * self.z_coefficient
+
+
+def route(
+    logits: Tensor, experts: Tensor, *, replicas: Tensor | None = None, balance: Balance | None = None
+) -> Tensor:
+    """Softmax probabilities of the chosen experts, each token's divided by their sum.
+
+    Args:
+        logits: [tokens, experts].
+        experts: [tokens, top_k], different ones.
+        replicas: [tokens, top_k], negative where a choice gets weight 0; None = all get theirs.
+        balance: losses whose gradient the logits get as if they had been added to the differentiated loss.
+
+    Returns:
+        [tokens, top_k], at least fp32.
+    """
+    logits = widen(logits)
+    probs = logits.softmax(-1)
+    weights = probs.gather(-1, experts)
+    if replicas is not None:
+        weights = torch.where(replicas >= 0, weights, 0)
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    if balance is None:
+        return weights
+    squares = logits.logsumexp(-1).square()
+    if balance.real is not None:
+        probs, squares = probs * balance.real[:, None], squares * balance.real
+    loss = balance.z_coefficient * (squares.sum() / balance.tokens)
+    if balance.aux_coefficient:
+        aux = balance.scale * (balance.share * probs.sum(0)).sum() / balance.tokens
+        loss = loss + balance.aux_coefficient * aux
+    return _AddLoss.apply(weights, loss * balance.weight)
+
+
+class _AddLoss(torch.autograd.Function):
+    """forward: the tensor itself; backward: its gradient, and 1 for the loss, as if it had been added."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.ones_like(loss))
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], ctx.saved_tensors[0]
+
+
+class Record(NamedTuple):
+    """A router's statistics, which `record_choices` adds to in place."""
+
+    load: Tensor
+    """[experts] int64: this rank's choices."""
+    dropped: Tensor
+    """[experts] int64: of them, not admitted."""
+    pooled: Tensor
+    """[experts] int64: choices of the whole pool."""
+    losses: Tensor
+    """[3]: aux, z, entropy."""
+
+
+def record_choices(
+    record: Record,
+    sums: Tensor,
+    choices: Tensor,
+    dropped: Tensor | None,
+    pooled: Tensor,
+    *,
+    top_k: int,
+    scale: float,
+    so_far: bool,
+) -> tuple[Tensor, Tensor]:
+    """Add a micro-batch to the record: its choices, and aux (as in Balance), z and entropy over pool tokens.
+
+    Args:
+        sums: from `choose_experts`.
+        choices, dropped, pooled: [experts] int64 of the micro-batch; dropped None = 0.
+        so_far: shares are those of all choices in record.pooled, otherwise of this micro-batch.
+
+    Returns:
+        share [experts], each expert's part of the choices, and tokens, a scalar: of the pool.
+    """
+    record.load.add_(choices)
+    record.pooled.add_(pooled)
+    if dropped is not None:
+        record.dropped.add_(dropped)
+    counted, (*probs, squares, entropy) = record.pooled if so_far else pooled, sums.sum(0)
+    share, tokens = counted.to(sums.dtype) / counted.sum(), pooled.sum() / top_k
+    aux = scale * (share * torch.stack(probs)).sum() / tokens
+    record.losses.add_(torch.stack([aux, squares / tokens, entropy / tokens]))
+    return share, tokens
+
+
 def count_keys(keys: Tensor, num_keys: int) -> Tensor:
     """[num_keys] int64: how many of [choices] integers are each key; num_keys or more: not counted."""
     return torch.bincount(keys.clamp(max=num_keys), minlength=num_keys + 1)[:num_keys]
@@ -294,3 +430,24 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     """
     logits = widen(hidden @ weight.T)
     return F.cross_entropy(logits, targets.clamp(min=0), reduction="none") * (targets >= 0)
+
+
+def adamw(
+    master: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    clip: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    """One AdamW step of a tensor in place, on its gradient times `clip`; `step` counts this one."""
+    grad = grad * clip
+    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    root = exp_avg_sq.sqrt().mul_((1 - beta2**step) ** -0.5).add_(eps)
+    master.mul_(1 - lr * weight_decay).addcdiv_(exp_avg, root, value=-lr / (1 - beta1**step))
