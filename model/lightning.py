@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.documents import Documents
-from kernels.reference import lightning_attention
+from kernels.lightning_attention import lightning_attention
 from model.config import ModelConfig, SlopeRule
 from model.layers import RMSNorm, linear
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.documents import Documents, locate_documents
-from kernels.reference import lightning_attention, lightning_end_state
+from kernels.lightning_attention import lightning_attention, lightning_end_state
 from model.attention import SoftmaxAttention, SoftmaxCore
 from model.lightning import LightningAttention, LightningCore
 from model.transformer import Transformer

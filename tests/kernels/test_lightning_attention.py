@@ -1,0 +1,179 @@
+"""The lightning kernels against their twins: values, states, all gradients."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.documents import Documents, locate_documents
+from kernels.lightning_attention import (
+    CONFIGS,
+    Config,
+    lightning_attention_triton,
+    lightning_end_state_triton,
+    plan_layout,
+)
+from kernels.reference import lightning_attention, lightning_end_state
+from tests.kernels.harness import DEVICE, DTYPES, check_against_twin, random_tensor
+
+ON_GPU = DEVICE.type == "cuda"
+SMALL = Config(16, 16, 4, 2)
+"""Enough chunks and blocks of columns in little time under the interpreter."""
+
+
+def documents_of(tokens: int, *starts: list[int]) -> Documents:
+    """Rows whose documents begin at 0 and at these places."""
+    rows = [[0, *row] for row in starts]
+    width = max(map(len, rows)) + 1
+    padded = [row + [tokens] * (width - len(row)) for row in rows]
+    return locate_documents(torch.tensor(padded, dtype=torch.int32, device=DEVICE), tokens)
+
+
+def slopes_of(heads: int, *, fastest: float = 0.92, slowest: float = 0.004) -> Tensor:
+    ratio = (slowest / fastest) ** (1 / max(1, heads - 1))
+    return torch.tensor([fastest * ratio**h for h in range(heads)], device=DEVICE)
+
+
+def with_states(documents: Documents, slopes: Tensor) -> Callable[..., Any]:
+    """The twin's (o, last state): what entered reaches the end where one document covers the row.
+
+    In a narrow dtype the state is that of weighted values in this dtype, as in MiniMax-01's own code, where a
+    matrix product takes them; the twin proper widens them.
+    """
+
+    def twin(q: Tensor, k: Tensor, v: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        left = torch.arange(v.shape[1] - 1, -1, -1, device=v.device)[:, None]
+        weight = torch.exp(-slopes.to(wide) * left)[..., None]
+        tail = (documents.ids == documents.ids[:, -1:])[..., None, None]
+        own = torch.einsum("rthd,rthe->rhde", k.to(wide), ((v * weight).to(v.dtype) * tail).to(wide))
+        is_one = documents.ids[:, -1] == 0
+        through = torch.exp(-slopes.to(wide) * q.shape[1]) * is_one[:, None]
+        final = own + through[..., None, None] * initial.to(wide)
+        return lightning_attention(q, k, v, slopes, documents, initial_state=initial), final.to(wide)
+
+    return twin
+
+
+def compare(
+    tokens: int,
+    starts: list[list[int]],
+    *,
+    heads: int = 2,
+    size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    config: Config = SMALL,
+    segments: int = 1,
+    slowest: float = 0.004,
+) -> None:
+    documents = documents_of(tokens, *starts)
+    slopes = slopes_of(heads, slowest=slowest)
+    shape = (len(starts), tokens, heads, size)
+    q, k, v = (random_tensor(*shape, seed=i) for i in range(3))
+    initial = random_tensor(len(starts), heads, size, size, seed=3)
+    layout = plan_layout(q.to(dtype), config, segments)
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+        return lightning_attention_triton(q, k, v, slopes, documents.positions, initial, layout)
+
+    check_against_twin(kernel, with_states(documents, slopes), [q, k, v, initial], dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "starts"),
+    [
+        (1, [[]]),
+        (16, [[]]),
+        (17, [[16], [1, 2, 16]]),
+        (63, [[5, 6, 7, 48], [32]]),
+        (100, [[], [99]]),
+    ],
+)
+def test_values_states_and_gradients(tokens: int, starts: list[list[int]], dtype: torch.dtype) -> None:
+    """Documents of one token, on and off the chunks' borders, over several chunks; what enters a row."""
+    compare(tokens, starts, dtype=dtype)
+
+
+@pytest.mark.parametrize("segments", [2, 3, 5])
+def test_segments_side_by_side(segments: int) -> None:
+    """The states' own pass: documents that end in, begin in, and reach over segments."""
+    compare(75, [[], [33], [16, 48, 74], [40, 41]], segments=segments)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_config(config: Config, dtype: torch.dtype) -> None:
+    compare(130, [[70, 71]], heads=1, size=32, config=config, dtype=dtype)
+    if ON_GPU:
+        for size in (64, 128):
+            compare(1000, [[70, 71, 500], [999]], heads=3, size=size, config=config, dtype=dtype, segments=2)
+
+
+@pytest.mark.parametrize("size", [48, 80, *([96, 128, 192, 256] if ON_GPU else [])])
+def test_head_sizes(size: int) -> None:
+    for dtype in DTYPES:
+        config = plan_layout(torch.empty(1, 64, 1, size, dtype=dtype)).config
+        compare(70, [[9]], heads=1, size=size, dtype=dtype, config=config)
+
+
+@pytest.mark.parametrize("tokens", [500, 8191] if ON_GPU else [])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_rows(tokens: int, dtype: torch.dtype) -> None:
+    for heads, slowest in ((64, 0.004), (8, 5e-5), (1, 5e-5)):
+        starts = [[1, 2, 65, 300, 301, 302], []]
+        config, segments = plan_layout(torch.empty(2, tokens, heads, 128, dtype=dtype))[0], None
+        compare(
+            tokens,
+            starts,
+            heads=heads,
+            size=128,
+            dtype=dtype,
+            config=config,
+            segments=segments,
+            slowest=slowest,
+        )
+
+
+def test_without_initial_state_and_with_parts_of_one_tensor() -> None:
+    """q, k and v read in place, gradients that lie in one tensor."""
+    documents = documents_of(40, [7, 20])
+    slopes = slopes_of(2)
+
+    def kernel(packed: Tensor) -> Tensor:
+        return lightning_attention_triton(*packed.chunk(3, -1), slopes, documents.positions)[0]
+
+    def twin(packed: Tensor) -> Tensor:
+        return lightning_attention(*packed.chunk(3, -1), slopes, documents)
+
+    check_against_twin(kernel, twin, [random_tensor(1, 40, 2, 48, seed=5)], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+def test_end_state(segments: int) -> None:
+    documents = documents_of(75, [], [33], [74], [5, 40])
+    slopes = slopes_of(2)
+    k, v = (random_tensor(4, 75, 2, 16, seed=i) for i in (6, 7))
+    layout = plan_layout(k.float(), SMALL, segments)
+    check_against_twin(
+        lambda k, v: lightning_end_state_triton(k, v, slopes, documents.positions, layout),
+        lambda k, v: lightning_end_state(k, v, slopes, documents),
+        [k, v],
+        dtype=torch.float32,
+    )
+
+
+def test_a_row_in_two_parts() -> None:
+    """The state after the first half, given to the second, makes the whole."""
+    slopes = slopes_of(2)
+    q, k, v = (random_tensor(1, 60, 2, 16, seed=i, dtype=torch.float32) for i in (8, 9, 10))
+    whole = lightning_attention(q, k, v, slopes, documents_of(60, [20]))
+    first, state = lightning_attention_triton(
+        q[:, :37], k[:, :37], v[:, :37], slopes, documents_of(37, [20]).positions
+    )
+    second, _ = lightning_attention_triton(
+        q[:, 37:], k[:, 37:], v[:, 37:], slopes, documents_of(23, []).positions, state
+    )
+    torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-5, atol=1e-5)
