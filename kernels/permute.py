@@ -1,7 +1,7 @@
 """Tokens sorted by expert and back: forward and backward move whole rows, no sum depends on chance.
 
-Letters: a choice is token * top_k + slot; `inverse` names the place of each choice, `kept` or more = none.
-Invariant: rows below `kept` are named exactly once, so what is written by place is written once, and wholly.
+Letters: T tokens, S slots a token, K places (those kept), H columns; BT, BH = sizes of tiles.
+Invariant: `inverse` names every place below K exactly once, so what is written by place is written wholly.
 """
 
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.counting import count_sort
 from kernels.reference import permute as permute_by_index
 from kernels.reference import unpermute as unpermute_by_index
 
@@ -39,8 +40,10 @@ def sort_choices(keys: Tensor, num_keys: int) -> Sorting:
     """Sort choices by integer keys, with no host synchronisation; keys from num_keys on come last, uncounted.
 
     Args:
-        keys: [choices] int64.
+        keys: [choices] int64 >= 0.
     """
+    if keys.is_cuda:
+        return Sorting(*count_sort(keys, num_keys))
     ordered, order = keys.sort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     every_key = torch.arange(num_keys, device=keys.device)
@@ -113,23 +116,21 @@ class _Unpermute(torch.autograd.Function):
         return copy(grads[0], order, inverse), None, None, None, None
 
 
-CONFIGS = [(1, 2048, 4), (256, 1, 4)]
-"""(rows, columns, warps) of a program: for rows of hidden states, and for single numbers such as weights."""
+CONFIGS = [(1, 2048, 8), (128, 1, 4)]
+"""(BT, BH, warps) of a program: for rows of hidden states, and for single numbers such as weights."""
 
 
 def _spread(x: Tensor, order: Tensor, inverse: Tensor, config: tuple[int, int, int] | None = None) -> Tensor:
     """[tokens, hidden] -> [kept, hidden]; reads a token once, a gather by place would do so top_k times."""
     y = x.new_empty(len(order), x.shape[1])
-    if y.numel():
-        _launch(_spread_kernel, x, y, inverse, tokens=len(x), kept=len(order), config=config)
+    _launch(_spread_kernel, x, y, inverse, tokens=len(x), kept=len(order), config=config)
     return y
 
 
 def _collect(y: Tensor, inverse: Tensor, tokens: int, config: tuple[int, int, int] | None = None) -> Tensor:
     """[kept, hidden] -> [tokens, hidden]."""
     x = y.new_empty(tokens, y.shape[1])
-    if x.numel():
-        _launch(_collect_kernel, y, x, inverse, tokens=tokens, kept=len(y), config=config)
+    _launch(_collect_kernel, y, x, inverse, tokens=tokens, kept=len(y), config=config)
     return x
 
 
@@ -145,48 +146,34 @@ def _launch(
 ) -> None:
     hidden = source.shape[1]
     rows, columns, warps = config or CONFIGS[hidden == 1]
-    kernel[triton.cdiv(tokens, rows), triton.cdiv(hidden, columns)](
-        source.contiguous(),
-        target,
-        inverse,
-        tokens,
-        kept,
-        hidden,
-        TOP_K=inverse.numel() // tokens,
-        ROWS=rows,
-        COLUMNS=columns,
-        num_warps=warps,
-    )
+    if target.numel():
+        kernel[triton.cdiv(tokens, rows), triton.cdiv(hidden, columns)](
+            source.contiguous(), target, inverse, tokens, kept, hidden,
+            S=inverse.numel() // tokens, BT=rows, BH=columns, num_warps=warps,
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tokens", "kept"])
-def _spread_kernel(
-    x, y, inverse, tokens, kept, hidden, TOP_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """y[inverse[token, slot]] = x[token] for a tile of tokens."""
-    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    real, inside = token < tokens, (column < hidden)[None, :]
-    row = tl.load(x + token[:, None] * hidden + column[None, :], real[:, None] & inside)
-    for slot in tl.static_range(TOP_K):
-        place = tl.load(inverse + token * TOP_K + slot, real, kept)
-        tl.store(y + place[:, None] * hidden + column[None, :], row, (place < kept)[:, None] & inside)
+@triton.jit(do_not_specialize=["T", "K"])
+def _spread_kernel(p_x, p_y, p_inverse, T, K, H, S: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr):
+    """Grid: tiles of tokens, tiles of columns. y[inverse[t, s]] = x[t]."""
+    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    m_t, m_h = o_t < T, (o_h < H)[None, :]
+    b_x = tl.load(p_x + o_t[:, None] * H + o_h[None, :], m_t[:, None] & m_h)
+    for i_s in tl.static_range(S):
+        o_k = tl.load(p_inverse + o_t * S + i_s, m_t, K)
+        tl.store(p_y + o_k[:, None] * H + o_h[None, :], b_x, (o_k < K)[:, None] & m_h)
 
 
-@triton.jit(do_not_specialize=["tokens", "kept"])
-def _collect_kernel(
-    y, x, inverse, tokens, kept, hidden, TOP_K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """x[token] = sum of y[inverse[token, slot]] for a tile of tokens, slots in order."""
-    wide = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
-    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    real, inside = token < tokens, (column < hidden)[None, :]
-    total = tl.zeros((ROWS, COLUMNS), wide)
-    for slot in tl.static_range(TOP_K):
-        place = tl.load(inverse + token * TOP_K + slot, real, kept)
-        mask = (place < kept)[:, None] & inside
-        total += tl.load(y + place[:, None] * hidden + column[None, :], mask, 0).to(wide)
-    tl.store(
-        x + token[:, None] * hidden + column[None, :], total.to(x.dtype.element_ty), real[:, None] & inside
-    )
+@triton.jit(do_not_specialize=["T", "K"])
+def _collect_kernel(p_y, p_x, p_inverse, T, K, H, S: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr):
+    """Grid: tiles of tokens, tiles of columns. x[t] = sum of y[inverse[t, s]], slots in order."""
+    wide = tl.float64 if p_y.dtype.element_ty == tl.float64 else tl.float32
+    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    m_t, m_h = o_t < T, (o_h < H)[None, :]
+    b_x = tl.zeros((BT, BH), wide)
+    for i_s in tl.static_range(S):
+        o_k = tl.load(p_inverse + o_t * S + i_s, m_t, K)
+        b_x += tl.load(p_y + o_k[:, None] * H + o_h[None, :], (o_k < K)[:, None] & m_h, 0).to(wide)
+    tl.store(p_x + o_t[:, None] * H + o_h[None, :], b_x.to(p_x.dtype.element_ty), m_t[:, None] & m_h)

@@ -1,4 +1,7 @@
-"""SwiGLU of rows times the router's weight of each; backward computes it again from gate_up."""
+"""SwiGLU of rows times the router's weight of each; backward computes it again from gate_up.
+
+Letters: T rows, F = ffn; BT, BF = sizes of tiles.
+"""
 
 from typing import Any
 
@@ -9,9 +12,8 @@ from torch import Tensor
 
 from kernels.reference import swiglu as swiglu_by_halves
 
-FORWARD_CONFIGS = [(1, 2048, 4)]
-"""(rows, columns, warps) of a program; a program walks over all columns."""
-BACKWARD_CONFIGS = [(1, 2048, 8)]
+CONFIG = (2, 1024, 8)
+"""(BT, BF, warps) of a program, which walks over all columns of its rows."""
 
 
 def swiglu(gate_up: Tensor, scale: Tensor) -> Tensor:
@@ -47,79 +49,66 @@ class _SwiGLU(torch.autograd.Function):
         return _backward(gate_up, scale, grads[0].contiguous())
 
 
-def _forward(gate_up: Tensor, scale: Tensor, config: tuple[int, int, int] | None = None) -> Tensor:
+def _forward(gate_up: Tensor, scale: Tensor) -> Tensor:
     tokens, _, ffn = gate_up.shape
     out = gate_up.new_empty(tokens, ffn)
-    rows, columns, warps = config or FORWARD_CONFIGS[0]
+    rows, columns, warps = CONFIG
     if out.numel():
         _forward_kernel[triton.cdiv(tokens, rows),](
-            gate_up, scale, out, tokens, ffn, ROWS=rows, COLUMNS=columns, num_warps=warps
+            gate_up, scale, out, tokens, ffn, BT=rows, BF=columns, num_warps=warps
         )
     return out
 
 
-def _backward(
-    gate_up: Tensor, scale: Tensor, grad: Tensor, config: tuple[int, int, int] | None = None
-) -> tuple[Tensor, Tensor]:
+def _backward(gate_up: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate_up and scale."""
     tokens, _, ffn = gate_up.shape
     d_gate_up, d_scale = torch.empty_like(gate_up), torch.empty_like(scale)
-    rows, columns, warps = config or BACKWARD_CONFIGS[0]
+    rows, columns, warps = CONFIG
     if grad.numel():
         _backward_kernel[triton.cdiv(tokens, rows),](
-            gate_up,
-            scale,
-            grad,
-            d_gate_up,
-            d_scale,
-            tokens,
-            ffn,
-            ROWS=rows,
-            COLUMNS=columns,
-            num_warps=warps,
+            gate_up, scale, grad, d_gate_up, d_scale, tokens, ffn, BT=rows, BF=columns, num_warps=warps
         )
     return d_gate_up, d_scale
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def _forward_kernel(gate_up, scale, out, tokens, ffn, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out = SiLU(gate) * up * scale for a few rows."""
-    wide = tl.float64 if gate_up.dtype.element_ty == tl.float64 else tl.float32
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    weight = tl.load(scale + row, row < tokens, 0).to(wide)[:, None]
-    for start in range(0, ffn, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        mask = (row < tokens)[:, None] & (column < ffn)[None, :]
-        at = row[:, None] * (2 * ffn) + column[None, :]
-        gate = tl.load(gate_up + at, mask, 0).to(wide)
-        up = tl.load(gate_up + at + ffn, mask, 0).to(wide)
-        silu = gate / (1 + tl.exp(-gate))
-        tl.store(
-            out + row[:, None] * ffn + column[None, :], (silu * up * weight).to(out.dtype.element_ty), mask
-        )
+@triton.jit(do_not_specialize=["T"])
+def _forward_kernel(p_gate_up, p_scale, p_out, T, F, BT: tl.constexpr, BF: tl.constexpr):
+    """Grid: tiles of rows. out = SiLU(gate) * up * scale."""
+    wide = tl.float64 if p_gate_up.dtype.element_ty == tl.float64 else tl.float32
+    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    b_scale = tl.load(p_scale + o_t, o_t < T, 0).to(wide)[:, None]
+    for i_f in range(0, F, BF):
+        o_f = i_f + tl.arange(0, BF)
+        mask = (o_t < T)[:, None] & (o_f < F)[None, :]
+        o_g = o_t[:, None] * (2 * F) + o_f[None, :]
+        b_gate = tl.load(p_gate_up + o_g, mask, 0).to(wide)
+        b_up = tl.load(p_gate_up + o_g + F, mask, 0).to(wide)
+        b_out = b_gate / (1 + tl.exp(-b_gate)) * b_up * b_scale
+        tl.store(p_out + o_t[:, None] * F + o_f[None, :], b_out.to(p_out.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["T"])
 def _backward_kernel(
-    gate_up, scale, grad, d_gate_up, d_scale, tokens, ffn, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    p_gate_up, p_scale, p_grad, p_d_gate_up, p_d_scale, T, F, BT: tl.constexpr, BF: tl.constexpr
 ):
-    """Gradients for a few rows, that of scale summed over the columns in their order."""
-    wide = tl.float64 if gate_up.dtype.element_ty == tl.float64 else tl.float32
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    weight = tl.load(scale + row, row < tokens, 0).to(wide)[:, None]
-    total = tl.zeros((ROWS,), wide)
-    for start in range(0, ffn, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        mask = (row < tokens)[:, None] & (column < ffn)[None, :]
-        at = row[:, None] * (2 * ffn) + column[None, :]
-        gate = tl.load(gate_up + at, mask, 0).to(wide)
-        up = tl.load(gate_up + at + ffn, mask, 0).to(wide)
-        d_out = tl.load(grad + row[:, None] * ffn + column[None, :], mask, 0).to(wide)
-        sigmoid = 1 / (1 + tl.exp(-gate))
-        silu = gate * sigmoid
-        total += tl.sum(d_out * silu * up, 1)
-        d_out = d_out * weight
-        d_gate = d_out * up * (sigmoid + silu * (1 - sigmoid))
-        tl.store(d_gate_up + at, d_gate.to(d_gate_up.dtype.element_ty), mask)
-        tl.store(d_gate_up + at + ffn, (d_out * silu).to(d_gate_up.dtype.element_ty), mask)
-    tl.store(d_scale + row, total.to(d_scale.dtype.element_ty), row < tokens)
+    """Grid: tiles of rows. The gradient of scale is summed over the columns in their order."""
+    wide = tl.float64 if p_gate_up.dtype.element_ty == tl.float64 else tl.float32
+    o_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    b_scale = tl.load(p_scale + o_t, o_t < T, 0).to(wide)[:, None]
+    b_sum = tl.zeros((BT,), wide)
+    for i_f in range(0, F, BF):
+        o_f = i_f + tl.arange(0, BF)
+        mask = (o_t < T)[:, None] & (o_f < F)[None, :]
+        o_g = o_t[:, None] * (2 * F) + o_f[None, :]
+        b_gate = tl.load(p_gate_up + o_g, mask, 0).to(wide)
+        b_up = tl.load(p_gate_up + o_g + F, mask, 0).to(wide)
+        b_grad = tl.load(p_grad + o_t[:, None] * F + o_f[None, :], mask, 0).to(wide)
+        b_sigmoid = 1 / (1 + tl.exp(-b_gate))
+        b_silu = b_gate * b_sigmoid
+        b_sum += tl.sum(b_grad * b_silu * b_up, 1)
+        b_grad *= b_scale
+        b_gate = b_grad * b_up * (b_sigmoid + b_silu * (1 - b_sigmoid))
+        tl.store(p_d_gate_up + o_g, b_gate.to(p_d_gate_up.dtype.element_ty), mask)
+        tl.store(p_d_gate_up + o_g + F, (b_grad * b_silu).to(p_d_gate_up.dtype.element_ty), mask)
+    tl.store(p_d_scale + o_t, b_sum.to(p_d_scale.dtype.element_ty), o_t < T)
