@@ -1,21 +1,54 @@
 """Cross-entropy of a linear head in row chunks: the full [tokens, vocab] logits never exist.
 
-The backward recomputes each chunk's logits: one more GEMM instead of tokens x vocab of memory.
+Where gradients are wanted the forward computes them, while it has a chunk's logits: three GEMMs a chunk and
+none again. The weight's gradient is a sum over tokens, so the upstream gradient must be one number.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from kernels.reference import widen
 
-CHUNK_ELEMENTS = 2**26
-"""Logits held at once: 256 MiB in fp32."""
+LOGITS_BYTES = {"cpu": 2**28, "cuda": 25 * 2**26}
+"""Logits held at once, by device: two chunks of 8,192 tokens x 200,064 entries in bf16 on a GPU."""
 
+TILE = 128
+"""Rows of a chunk are a multiple of this, where that many fit."""
+
+FEW_CHUNKS = 4
+"""Up to so many products are added up in the weight's dtype: at most 1.6 x the error of one rounding."""
 
 Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Config(NamedTuple):
+    """Constants of both kernels."""
+
+    columns: int
+    """Vocabulary entries at a time."""
+    num_warps: int
+
+
+CONFIGS = [Config(1024, 4), Config(4096, 8), Config(8192, 8), Config(16384, 16)]
+
+
+def choose_config(vocab: int) -> Config:
+    """The smallest that holds the row, or 8192 columns at a time."""
+    return next((config for config in CONFIGS[:2] if vocab <= config.columns), CONFIGS[2])
+
+
+class Passes(NamedTuple):
+    """What happens to a chunk's logits, [rows, vocab]; targets are [rows], counted from `first` on."""
+
+    summarize: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    """Log-sum-exp and target logit (0 where it lies elsewhere), [rows] each."""
+    differentiate: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    """Softmax - one-hot in the logits' dtype, 0 where there is no target; the logits may be overwritten."""
 
 
 def linear_cross_entropy(
@@ -23,67 +56,221 @@ def linear_cross_entropy(
 ) -> Tensor:
     """-log softmax(hidden @ weight^T)[target] of each token, 0 where the target is negative.
 
+    Differentiate their sum or mean, once: tokens with targets must share one upstream gradient (asserted).
+
     Args:
         hidden: [..., hidden]. weight: [vocab, hidden]. targets: [...] int64.
         first: vocabulary entry of weight's first row, if `weight` is a part of the vocabulary.
-        merge: makes (log-sum-exp, target logit or 0) of the part, [tokens] each, those of the whole.
+        merge: makes (log-sum-exp, target logit or 0) of the part, [rows] each, those of the whole; called
+            once a chunk.
 
     Returns:
         [...] losses, fp32; not a view, so that FSDP2 can hook it. With a part of the vocabulary, the
         gradients are those that this part contributes.
     """
+    if hidden.is_cuda:
+        return linear_cross_entropy_triton(hidden, weight, targets, first=first, merge=merge)
+    return _attach(hidden, weight, targets, first, merge, Passes(_summarize, _differentiate))
+
+
+def linear_cross_entropy_triton(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    first: int = 0,
+    merge: Merge | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """`linear_cross_entropy` by the Triton kernels."""
+    columns, num_warps = choose_config(weight.shape[0]) if config is None else config
+
+    def summarize(logits: Tensor, targets: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        found = torch.empty(2, len(logits), dtype=torch.float32, device=logits.device)
+        _summarize_kernel[(len(logits),)](
+            logits, targets, found[0], found[1], first, logits.shape[1], columns, num_warps=num_warps
+        )
+        return found[0], found[1]
+
+    def differentiate(logits: Tensor, logsumexp: Tensor, targets: Tensor, first: int) -> Tensor:
+        _differentiate_kernel[(len(logits),)](
+            logits, logsumexp, targets, first, logits.shape[1], columns, num_warps=num_warps
+        )
+        return logits
+
+    return _attach(hidden, weight, targets, first, merge, Passes(summarize, differentiate))
+
+
+def _attach(
+    hidden: Tensor, weight: Tensor, targets: Tensor, first: int, merge: Merge | None, passes: Passes
+) -> Tensor:
+    """The losses, with a graph of two nodes: a pipeline may want hidden's gradient before weight's."""
     if hidden.shape[:-1] != targets.shape or hidden.shape[-1:] != weight.shape[1:]:
         shapes = f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}"
         raise ValueError(f"{shapes}: expected [..., hidden], [vocab, hidden], [...]")
-    return _LinearCrossEntropy.apply(hidden, weight, targets, first, merge)
+    is_training = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    losses, grad_hidden, grad_weight = _compute(hidden, weight, targets, first, merge, passes, is_training)
+    if not is_training:
+        return losses
+    return _HiddenGradient.apply(hidden, losses, targets, grad_hidden) + _WeightGradient.apply(
+        weight, losses, targets, grad_weight
+    )
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """forward: losses and log-sum-exp by chunks; backward: logits again, (softmax - one-hot) * grad."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, first: int, merge: Merge | None
-    ) -> Tensor:
-        local, is_here = _local_targets(targets, first, weight.shape[0])
-        logsumexp = torch.empty(local.shape, dtype=widen(hidden[:0]).dtype, device=hidden.device)
-        picked = torch.empty_like(logsumexp)
-        for h, t, lse, pick in _chunks(weight, hidden.flatten(0, -2), local, logsumexp, picked):
-            logits = widen(h @ weight.T)
-            torch.logsumexp(logits, -1, out=lse)
-            torch.gather(logits, 1, t[:, None], out=pick[:, None])
-        picked *= is_here
+@torch.no_grad()
+def _compute(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    first: int,
+    merge: Merge | None,
+    passes: Passes,
+    is_training: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Losses like targets and, in training, the gradients of their sum, like hidden and weight."""
+    shape, hidden, targets = hidden.shape, hidden.flatten(0, -2), targets.flatten()
+    tokens, vocab = len(targets), len(weight)
+    rows = _chunk_rows(tokens, vocab * hidden.element_size(), LOGITS_BYTES[hidden.device.type])
+    wide = widen(hidden[:0]).dtype
+    logits = hidden.new_empty(min(rows, tokens), vocab)
+    losses = torch.empty(tokens, dtype=wide, device=hidden.device)
+    grad_hidden = grad_weight = None
+    if is_training:
+        total_dtype = weight.dtype if tokens <= FEW_CHUNKS * rows else wide
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight, dtype=total_dtype)
+        if not tokens:
+            grad_weight.zero_()
+    for start in range(0, tokens, rows):
+        part = slice(start, start + rows)
+        h, t = hidden[part], targets[part]
+        x = torch.mm(h, weight.T, out=logits[: len(h)])
+        logsumexp, picked = passes.summarize(x, t, first)
         if merge is not None:
             logsumexp, picked = merge(logsumexp, picked)
-        ctx.save_for_backward(hidden, weight, targets, logsumexp)
-        ctx.first = first
-        return torch.where(targets >= 0, (logsumexp - picked).view(targets.shape), 0)
+        losses[part] = torch.where(t >= 0, logsumexp - picked, 0)
+        if grad_hidden is not None and grad_weight is not None:
+            p = passes.differentiate(x, logsumexp, t, first)
+            torch.mm(p, weight, out=grad_hidden[part])
+            _add_product(grad_weight, p.T, h, is_first=not start)
+    losses = losses.view(shape[:-1])
+    return losses, None if grad_hidden is None else grad_hidden.view(shape), grad_weight
+
+
+def _chunk_rows(tokens: int, row_bytes: int, limit: int) -> int:
+    """Rows of equal chunks whose logits need at most `limit` bytes."""
+    most = max(1, limit // row_bytes)
+    most -= most % TILE if most > TILE else 0
+    count = max(1, triton.cdiv(tokens, most))
+    return min(most, max(1, triton.cdiv(tokens, count * TILE)) * TILE)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
+    """total = a @ b, or += where it is not the first; `total` may be wider than a and b."""
+    beta = 0 if is_first else 1
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+    elif is_first:
+        total.copy_(a @ b)
+    else:
+        total += a @ b
+
+
+class _HiddenGradient(torch.autograd.Function):
+    """forward: the losses; backward: hidden's precomputed gradient times each token's upstream gradient."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        hidden, weight, targets, logsumexp = ctx.saved_tensors
-        local, is_here = _local_targets(targets, ctx.first, weight.shape[0])
-        scale = torch.where(targets >= 0, grads[0], 0).flatten()
-        grad_hidden = torch.empty_like(hidden.flatten(0, -2))
-        grad_weight = torch.zeros_like(weight, dtype=logsumexp.dtype)
-        one_hot = -is_here.to(logsumexp.dtype)
-        flat = (hidden.flatten(0, -2), local, one_hot, logsumexp, scale, grad_hidden)
-        for h, t, minus_one, lse, s, out in _chunks(weight, *flat):
-            p = (widen(h @ weight.T) - lse[:, None]).exp_()
-            p.scatter_add_(1, t[:, None], minus_one[:, None])
-            p = (p * s[:, None]).to(h.dtype)
-            torch.mm(p, weight, out=out)
-            grad_weight += p.T @ h
-        return grad_hidden.view_as(hidden), grad_weight.to(weight.dtype), None, None, None
+    def forward(ctx: Any, hidden: Tensor, losses: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
+        ctx.targets, ctx.gradient = targets, gradient
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient = _take(ctx)
+        return gradient.mul_(torch.where(ctx.targets >= 0, grads[0], 0)[..., None]), None, None, None
+
+
+class _WeightGradient(torch.autograd.Function):
+    """forward: zeros like the losses; backward: weight's precomputed gradient times the upstream one."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, losses: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
+        ctx.targets, ctx.gradient, ctx.dtype = targets, gradient, weight.dtype
+        return torch.zeros_like(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient = _take(ctx)
+        if not grads[0].numel():
+            return gradient.to(ctx.dtype), None, None, None
+        has_target = ctx.targets.flatten() >= 0
+        upstream = torch.where(has_target, grads[0].flatten(), 0)
+        scale = upstream.take(
+            has_target.byte().argmax(keepdim=True)
+        )  # [1]: a scalar would be rounded to bf16
+        is_uniform = ((upstream == scale) | ~has_target).all()
+        torch._assert_async(is_uniform, "tokens with targets have different upstream gradients")
+        return gradient.mul_(scale).to(ctx.dtype), None, None, None
+
+
+def _take(ctx: Any) -> Tensor:
+    """The gradient, which the caller may overwrite: a second copy of weight's would not fit."""
+    if ctx.gradient is None:
+        raise RuntimeError("the losses of linear_cross_entropy can be differentiated only once")
+    gradient, ctx.gradient = ctx.gradient, None
+    return gradient
 
 
 def _local_targets(targets: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
-    """[tokens] targets counted from `first`, 0 where they lie elsewhere, and whether they lie here."""
-    local = targets.flatten() - first
-    is_here = (local >= 0) & (local < size) & (targets.flatten() >= 0)
+    """[rows] targets counted from `first`, 0 where they lie elsewhere, and whether they lie here."""
+    local = targets - first
+    is_here = (local >= 0) & (local < size) & (targets >= 0)
     return torch.where(is_here, local, 0), is_here
 
 
-def _chunks(weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Matching pieces of tensors of [tokens, ...], as many tokens as CHUNK_ELEMENTS logits allow."""
-    return zip(*(x.split(max(1, CHUNK_ELEMENTS // weight.shape[0])) for x in tensors), strict=True)
+def _summarize(logits: Tensor, targets: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    local, is_here = _local_targets(targets, first, logits.shape[1])
+    wide = widen(logits)
+    return wide.logsumexp(-1), wide.gather(1, local[:, None])[:, 0] * is_here
+
+
+def _differentiate(logits: Tensor, logsumexp: Tensor, targets: Tensor, first: int) -> Tensor:
+    local, is_here = _local_targets(targets, first, logits.shape[1])
+    p = (widen(logits) - logsumexp[:, None]).exp_()
+    p.scatter_add_(1, local[:, None], -is_here.to(p.dtype)[:, None])
+    return p.mul_((targets >= 0)[:, None]).to(logits.dtype)
+
+
+@triton.jit
+def _summarize_kernel(logits, targets, logsumexp, picked, first, vocab, BLOCK: tl.constexpr):
+    """One row: running maximum and sum of exponentials; logits [rows, vocab], the others [rows]."""
+    row = tl.program_id(0)
+    x_row = logits + row.to(tl.int64) * vocab
+    columns = tl.arange(0, BLOCK)
+    peak = -float("inf")
+    total = 0.0
+    for start in range(0, vocab, BLOCK):
+        x = tl.load(x_row + start + columns, mask=start + columns < vocab, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(peak, tl.max(x, 0))
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(x - higher), 0)
+        peak = higher
+    local = tl.load(targets + row) - first
+    is_here = (local >= 0) & (local < vocab)
+    tl.store(logsumexp + row, peak + tl.log(total))
+    tl.store(picked + row, tl.load(x_row + local, mask=is_here, other=0.0).to(tl.float32))
+
+
+@triton.jit
+def _differentiate_kernel(logits, logsumexp, targets, first, vocab, BLOCK: tl.constexpr):
+    """One row of logits becomes softmax - one-hot in place, or zeros where there is no target."""
+    row = tl.program_id(0)
+    x_row = logits + row.to(tl.int64) * vocab
+    columns = tl.arange(0, BLOCK)
+    target = tl.load(targets + row)
+    shift = tl.load(logsumexp + row)
+    for start in range(0, vocab, BLOCK):
+        inside = start + columns < vocab
+        x = tl.load(x_row + start + columns, mask=inside, other=0.0).to(tl.float32)
+        p = tl.exp(x - shift) - tl.where(start + columns == target - first, 1.0, 0.0)
+        tl.store(x_row + start + columns, tl.where(target >= 0, p, 0.0), mask=inside)
