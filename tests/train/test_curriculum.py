@@ -1,6 +1,9 @@
 """The staged run: arithmetic of its stages, what is refused, and the program through all of them."""
 
 import json
+import random
+import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from data.dataset import DatasetWriter
 from data.mixture import Mixture
 from parallel.mesh import one_process
 from tests.train.test_config import config
-from tests.train.test_pretrain import column, ending, launch, lines, pretrain
+from tests.train.test_pretrain import ROOT, column, command, ending, launch, lines
 from train.build import build_data
 from train.config import ConfigError, RunConfig
 from train.curriculum import LrShape, StageConfig, StageLayout
@@ -156,9 +159,34 @@ def test_the_published_recipe() -> None:
     assert [s.own.length_shares for s in stages[6:]] == [(0.3, 0.7, 0), (0.35, 0.35, 0.3), (0.3, 0.3, 0.4)]
 
 
-def small(run_dir: Path, *overrides: str, processes: int = 0) -> None:
+def staged(run_dir: Path, *overrides: str, processes: int = 0) -> list[str]:
+    """The command, with a program that also writes what each step reads."""
     arguments = ("conf=curriculum_small", f"run_dir={run_dir}", "checkpoint.keep=null", *overrides)
-    pretrain(*arguments, processes=processes)
+    entry, recorder = str(ROOT / "train/pretrain.py"), str(ROOT / "tests/train/record_rows.py")
+    return [recorder if part == entry else part for part in command(*arguments, processes=processes)]
+
+
+def small(run_dir: Path, *overrides: str, processes: int = 0) -> None:
+    done = subprocess.run(
+        staged(run_dir, *overrides, processes=processes),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def rows_read(run_dir: Path) -> dict[int, list[str]]:
+    """Digests of the rows of each step in their global order: micro-batch, data-parallel rank, row."""
+    ranks: dict[int, dict[str, None]] = {}  # what ranks with the same rows read, once
+    for path in sorted(run_dir.glob("rows-*.jsonl")):
+        for line in map(json.loads, path.read_text().splitlines()):
+            ranks.setdefault(line["step"], {})[json.dumps(line["rows"])] = None
+    return {
+        step: [row for parts in zip(*map(json.loads, read), strict=True) for part in parts for row in part]
+        for step, read in sorted(ranks.items())
+    }
 
 
 def manifest(run_dir: Path, step: int) -> dict[str, Any]:
@@ -173,7 +201,7 @@ def data_state(run_dir: Path, step: int) -> dict[str, Any]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All three stages in one process: 6 + 6 + 4 steps."""
     run_dir = tmp_path_factory.mktemp("curriculum") / "whole"
-    small(run_dir)
+    small(run_dir, "checkpoint.every=4")
     return run_dir
 
 
@@ -184,6 +212,9 @@ def test_three_stages_in_one_command(whole: Path) -> None:
     assert records[-1]["tokens"] == 12 * 4096 + 4 * 8192 and records[-1]["loss"] < records[0]["loss"] - 0.2
     assert records[-1]["lr"] == pytest.approx(1e-4) and records[11]["lr"] == pytest.approx(5e-4)
     assert ending(whole)[0] == "DONE"
+    read = rows_read(whole)
+    assert [len(read[step]) for step in range(1, 17)] == [16] * 6 + [4] * 6 + [2] * 4
+    assert len({row for rows in read.values() for row in rows}) == 6 * 16 + 6 * 4 + 4 * 2  # none twice
 
 
 def test_interrupted_anywhere_it_is_bitwise_the_same(whole: Path, tmp_path: Path) -> None:
@@ -191,8 +222,7 @@ def test_interrupted_anywhere_it_is_bitwise_the_same(whole: Path, tmp_path: Path
     for step in (3, 6, 7, 12, 13):
         small(tmp_path / "cut", f"train.steps={step}")
     small(tmp_path / "cut")
-    for key in ("loss", "grad_norm", "lr", "tokens"):
-        assert column(tmp_path / "cut", key).tolist() == column(whole, key).tolist(), key
+    assert_same_run(tmp_path / "cut", whole)
     assert data_state(tmp_path / "cut", 16) == data_state(whole, 16)
     counted = manifest(whole, 16)["progress"]["consumed"]
     assert manifest(tmp_path / "cut", 16)["progress"]["consumed"] == counted
@@ -204,6 +234,36 @@ def test_interrupted_anywhere_it_is_bitwise_the_same(whole: Path, tmp_path: Path
     assert [sum(tokens) for tokens in counted.values()] == pytest.approx(
         [6 * 4096, 6 * 4096, 4 * 8192], rel=0.05
     )
+
+
+def assert_same_run(run_dir: Path, whole: Path) -> None:
+    for key in ("step", "loss", "grad_norm", "lr", "tokens"):
+        assert column(run_dir, key).tolist() == column(whole, key).tolist(), key
+    assert rows_read(run_dir) == rows_read(whole)
+
+
+def test_killed_at_random_it_is_bitwise_the_same(whole: Path, tmp_path: Path) -> None:
+    """Three times, each at some moment after a random record; what no checkpoint holds is done again."""
+    records = sorted(random.sample(range(1, 13), 3))
+    run_dir = tmp_path / "killed"
+    for least in records:
+        process = subprocess.Popen(
+            staged(run_dir, "checkpoint.every=1"),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        path = run_dir / "metrics.jsonl"
+        while not path.exists() or path.read_text().count("\n") < least:
+            assert process.poll() is None, records
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.2))
+        process.kill()
+        process.wait()
+        assert not (run_dir / "DONE").exists(), records
+    small(run_dir, "checkpoint.every=1")
+    assert_same_run(run_dir, whole)
+    assert data_state(run_dir, 16) == data_state(whole, 16)
 
 
 def test_a_checkpoint_from_before_stages_were_counted(whole: Path, tmp_path: Path) -> None:
@@ -221,14 +281,22 @@ def test_a_checkpoint_from_before_stages_were_counted(whole: Path, tmp_path: Pat
     assert column(run_dir, "loss").tolist() == column(whole, "loss").tolist()
 
 
-def test_another_data_parallel_size_reads_the_same_tokens(whole: Path, tmp_path: Path) -> None:
-    """Equal micro_rows * dp: the layout contract, here across a resume from one process to two."""
-    small(tmp_path / "two", "train.steps=4")
-    two = [f"curriculum.{n}.micro_rows={rows}" for n, rows in enumerate((2, 1))]
-    small(tmp_path / "two", *two, "train.steps=12", processes=2)
-    assert column(tmp_path / "two", "loss") == pytest.approx(column(whole, "loss")[:12], rel=1e-5)
-    small(tmp_path / "alone", "train.steps=12")
-    assert data_state(tmp_path / "two", 12) == data_state(tmp_path / "alone", 12)
+def test_other_layouts_read_the_same_tokens(whole: Path, tmp_path: Path) -> None:
+    """One run on dp x cp = 1 x 1, 2 x 1, 1 x 2, 2 x 2 and 1 x 1 again, at equal micro_rows * dp: the layout
+    contract across resumes inside stages, at a border and in both transitions.
+    """
+    run_dir = tmp_path / "moved"
+    on_two = [f"curriculum.{n}.micro_rows={rows}" for n, rows in enumerate((2, 1))]
+    small(run_dir, "train.steps=4")
+    small(run_dir, *on_two, "train.steps=6", processes=2)
+    small(run_dir, "parallel.cp=2", "train.steps=8", processes=2)
+    small(run_dir, *on_two, "parallel.cp=2", "train.steps=12", processes=4)
+    small(run_dir)
+    assert rows_read(run_dir) == rows_read(whole)
+    for step in (4, 8, 12, 16):
+        assert data_state(run_dir, step) == data_state(whole, step)
+    for key in ("loss", "grad_norm"):
+        assert column(run_dir, key) == pytest.approx(column(whole, key), rel=1e-5)
 
 
 def test_a_pipeline_is_rebuilt_at_each_border(whole: Path, tmp_path: Path) -> None:
