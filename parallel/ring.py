@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.documents import Documents
-from kernels.reference import attention_part, attention_part_backward, merge_attention, softmax_attention
+from kernels.reference import merge_attention, widen
+from kernels.softmax_attention import attend, attend_backward, softmax_attention
 from parallel.mesh import Axis
 
 
@@ -76,6 +77,23 @@ def find_crossings(offsets: list[list[int]], length: int, chunks: int) -> list[C
     return found
 
 
+def documents_of_chunks(documents: Documents, offsets: list[list[int]], chunks: tuple[int, int]) -> Documents:
+    """The parts of documents in each chunk of a rank, every chunk a row of its own.
+
+    Args:
+        documents: of the rank's tokens, its offsets those of the whole row.
+        offsets: the same, on the host.
+        chunks: the rank's, in the order in which it holds them.
+    """
+    ids, positions = by_chunk(documents.ids), by_chunk(documents.positions)
+    length = ids.shape[1]
+    inside = [(documents.offsets - chunk * length).clamp(0, length) for chunk in chunks]
+    on_host = [
+        [min(max(start - chunk * length, 0), length) for start in row] for row in offsets for chunk in chunks
+    ]
+    return Documents(torch.stack(inside, 1).flatten(0, 1), ids, positions, on_host)
+
+
 class RingCore(nn.Module):
     """Attention of tokens spread over cp; every rank gets the keys and values that its documents reach.
 
@@ -98,12 +116,14 @@ class RingCore(nn.Module):
 
         Without `documents.on_host` it reads the offsets from the device: one synchronisation a call.
         """
-        if self.cp.group is None and self.kept is None:
-            return softmax_attention(q, k, v, documents), filler()
-        ids = by_chunk(documents.ids)  # refuses odd lengths before anything is sent
+        if self.cp.group is None:
+            if self.kept is None:
+                return softmax_attention(q, k, v, documents), filler()
+            return _KeptAttention.apply(q, k, v, documents, self.kept), filler()
         offsets = documents.on_host or documents.offsets.tolist()
+        local = documents_of_chunks(documents, offsets, owned_chunks(self.cp.rank, self.cp))
         ring = _Ring(self, offsets, q.shape[1] // 2)
-        return _RingAttention.apply(q, k, v, ids, ring, self.kept), filler()
+        return _RingAttention.apply(q, k, v, local, ring, self.kept), filler()
 
 
 class _Ring:
@@ -112,6 +132,10 @@ class _Ring:
     def __init__(self, core: RingCore, offsets: list[list[int]], length: int) -> None:
         self.core, self.cp, self.length = core, core.cp, length
         self.crossings = find_crossings(offsets, length, 2 * self.cp.size)
+
+    def sum_of(self, x: Tensor) -> Tensor:
+        """x as the first term of a sum, at least fp32; x itself where no document crosses a chunk's end."""
+        return widen(x) if self.crossings else x
 
     def crossings_between(self, source: int, target: int) -> list[Crossing]:
         """Of the source's chunks into the target's, in the order in which they travel."""
@@ -188,28 +212,45 @@ class _Transfer:
         return self.arriving
 
 
+class _KeptAttention(torch.autograd.Function):
+    """forward: attention of one rank, saves (o, log-sum-exp), which a recomputation takes over; backward."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, kept: Kept) -> Tensor:
+        o, lse = kept.once(lambda: attend(q, k, v, documents=documents))
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.documents = documents
+        return o.to(q.dtype).detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *kept = ctx.saved_tensors
+        found = attend_backward(grads[0], q, k, v, *kept, documents=ctx.documents)
+        return *(x.to(like.dtype) for x, like in zip(found, (q, k, v), strict=True)), None, None
+
+
 class _RingAttention(torch.autograd.Function):
     """forward: the ring, saves (o, log-sum-exp); backward: the ring again, gradients of keys sent back."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ids: Tensor, ring: _Ring, kept: Kept | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, local: Documents, ring: _Ring, kept: Kept | None
     ) -> Tensor:
-        o, lse = (kept or Kept()).once(lambda: _ring_forward(q, k, v, ids, ring))
-        ctx.save_for_backward(q, k, v, ids, o, lse)
-        ctx.ring = ring
+        o, lse = (kept or Kept()).once(lambda: _ring_forward(q, k, v, local, ring))
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.local, ctx.ring = local, ring
         return o.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, ids, o, lse = ctx.saved_tensors
-        ring, grad = ctx.ring, grads[0].to(lse.dtype)
-        delta = (o * grad).sum(-1)
+        q, k, v, o, lse = ctx.saved_tensors
+        ring, grad = ctx.ring, grads[0]
         returning: Callable[[], list[Tensor]] = list
         for step, crossings, held in ring.arrivals(k, v):
             if step == 0:
-                local = [by_chunk(x) for x in (q, k, v, lse, delta, grad)] + [_seen(ids)]
-                dq, dk, dv = (from_chunks(x) for x in attention_part_backward(*local))
+                chunks = [by_chunk(x) for x in (grad, q, k, v, o, lse)]
+                found = attend_backward(*chunks, documents=ctx.local)
+                dq, dk, dv = (ring.sum_of(from_chunks(x)) for x in found)
                 dkv = torch.stack([dk, dv], dim=2)
             key_grads = []
             for crossing, keys in zip(crossings, held, strict=True):
@@ -217,7 +258,7 @@ class _RingAttention(torch.autograd.Function):
                 for queries in ring.queries(crossing, ring.cp.rank):
                     at = slice(crossing.row, crossing.row + 1), queries
                     key, value = keys[None].unbind(2)
-                    part = attention_part_backward(q[at], key, value, lse[at], delta[at], grad[at])
+                    part = attend_backward(grad[at], q[at], key, value, o[at], lse[at])
                     dq[at] += part[0]
                     key_grads[-1] += torch.stack(part[1:], dim=2)[0]
             if step == 0:
@@ -232,24 +273,18 @@ class _RingAttention(torch.autograd.Function):
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
-def _ring_forward(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, ring: _Ring) -> tuple[Tensor, Tensor]:
+def _ring_forward(q: Tensor, k: Tensor, v: Tensor, local: Documents, ring: _Ring) -> tuple[Tensor, Tensor]:
     """(o [rows, tokens/cp, heads, head_dim] in q's dtype, log-sum-exp [rows, tokens/cp, heads])."""
     for step, crossings, held in ring.arrivals(k, v):
         if step == 0:  # after the first transfer is posted
-            parts = attention_part(by_chunk(q), by_chunk(k), by_chunk(v), _seen(ids))
-            o, lse = (from_chunks(x) for x in parts)
+            o, lse = (from_chunks(x) for x in attend(*(by_chunk(x) for x in (q, k, v)), documents=local))
+            o = ring.sum_of(o)
         for crossing, keys in zip(crossings, held, strict=True):
             for queries in ring.queries(crossing, ring.cp.rank):
                 at = slice(crossing.row, crossing.row + 1), queries
                 key, value = keys[None].unbind(2)
-                part = attention_part(q[at], key, value)
-                o[at], lse[at] = merge_attention(o[at], lse[at], *part)
+                o[at], lse[at] = merge_attention(o[at], lse[at], *attend(q[at], key, value))
     return o.to(q.dtype), lse
-
-
-def _seen(ids: Tensor) -> Tensor:
-    """[rows * 2, n, n] causal mask inside documents and chunks, of [rows * 2, n] document numbers."""
-    return (ids[:, :, None] == ids[:, None]).tril()
 
 
 def _add_returned(dkv: Tensor, ring: _Ring, step: int, returned: list[Tensor]) -> None:

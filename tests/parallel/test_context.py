@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.documents import Documents, locate_documents
-from kernels.reference import attention_part, attention_part_backward, lightning_attention, softmax_attention
+from kernels.reference import lightning_attention, softmax_attention
+from kernels.softmax_attention import attend, attend_backward
 from model.config import ModelConfig
 from model.init import init_slice
 from model.lightning import LightningCore
@@ -289,14 +290,14 @@ def check_transfers_before_compute(rank: int, size: int) -> None:
     events: list[str] = []
 
     def recorded(name: str, original):
-        return lambda *args: (events.append(name), original(*args))[1]
+        return lambda *args, **named: (events.append(name), original(*args, **named))[1]
 
     q, k, v = (torch.randn(1, 2 * CHUNK, 1, 6, requires_grad=True) for _ in range(3))
     documents = ZigzagLocator(cp)(padded([[0]], 2 * size * CHUNK), 2 * CHUNK)
     with (
         mock.patch.object(dist, "batch_isend_irecv", recorded("P", dist.batch_isend_irecv)),
-        mock.patch("parallel.ring.attention_part", recorded("c", attention_part)),
-        mock.patch("parallel.ring.attention_part_backward", recorded("c", attention_part_backward)),
+        mock.patch("parallel.ring.attend", recorded("c", attend)),
+        mock.patch("parallel.ring.attend_backward", recorded("c", attend_backward)),
     ):
         o, _ = RingCore(cp)(q, k, v, documents, filler=lambda: None)
         forward = "".join(events)
