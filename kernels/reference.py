@@ -237,7 +237,7 @@ def swiglu(gate_up: Tensor, scale: Tensor) -> Tensor:
 def choose_experts(
     logits: Tensor, top_k: int, *, bias: Tensor | None = None, real: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Each token's top_k experts by logit or, with a bias, by softmax + bias; of equal ones the smaller number.
+    """Each token's top_k experts by logit or, with a bias, by softmax + bias; among equals the first ones.
 
     Args:
         logits: [tokens, experts].
@@ -245,12 +245,12 @@ def choose_experts(
         real: [tokens] bool, False for padding, which is in no sum; None = all.
 
     Returns:
-        experts [tokens, top_k], and sums [1, experts + 2] over tokens: of the probabilities of each expert, of
-        the squares of log-sum-exp, of the entropies.
+        experts [tokens, top_k], best first, and sums [1, experts + 2] over tokens: probabilities of each
+        expert, squares of log-sum-exp, entropies.
     """
     probs, squares = widen(logits).softmax(-1), widen(logits).logsumexp(-1).square()
     scores = logits if bias is None else probs + bias
-    experts = scores.sort(-1, descending=True, stable=True).indices[:, :top_k]
+    experts = scores.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     if real is not None:
         probs, squares = probs * real[:, None], squares * real
     entropy = -torch.special.xlogy(probs, probs).sum()
@@ -362,10 +362,10 @@ def record_choices(
     record.pooled.add_(pooled)
     if dropped is not None:
         record.dropped.add_(dropped)
-    counted, (*probs, squares, entropy) = record.pooled if so_far else pooled, sums.sum(0)
+    counted, total = record.pooled if so_far else pooled, sums.sum(0)
     share, tokens = counted.to(sums.dtype) / counted.sum(), pooled.sum() / top_k
-    aux = scale * (share * torch.stack(probs)).sum() / tokens
-    record.losses.add_(torch.stack([aux, squares / tokens, entropy / tokens]))
+    aux = scale * (share * total[:-2]).sum() / tokens
+    record.losses.add_(torch.stack([aux, *(total[-2:] / tokens)]))
     return share, tokens
 
 
