@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kernels.documents import Documents
-from kernels.reference import apply_rotary
+from kernels.rotary import rotate_
 from kernels.softmax_attention import softmax_attention
 from model.config import ModelConfig
 from model.layers import linear
@@ -36,6 +36,7 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """[rows, tokens, hidden] -> [rows, tokens, hidden]."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q, self.k, self.v))
-        o, _ = self.core(apply_rotary(q, rotary), apply_rotary(k, rotary), v, documents, filler=lambda: None)
+        q, k = rotate_(self.q(x), self.k(x), rotary, head_dim=self.head_dim)
+        v = self.v(x).unflatten(-1, (-1, self.head_dim))
+        o, _ = self.core(q, k, v, documents, filler=lambda: None)
         return self.out(o.flatten(-2))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kernels.documents import Documents
 from kernels.lightning_attention import lightning_attention
 from model.config import ModelConfig, SlopeRule
-from model.layers import RMSNorm, linear
+from model.layers import GatedRMSNorm, linear
 
 
 def decay_slopes(cfg: ModelConfig, layer: int) -> list[float]:
@@ -71,11 +71,11 @@ class LightningAttention(nn.Module):
         self.qkv = linear(cfg.hidden_size, 3 * width)
         self.gate = linear(cfg.hidden_size, width)
         self.out = linear(width, cfg.hidden_size)
-        self.norm: nn.Module = RMSNorm(width, cfg.lightning_norm_eps)
+        self.norm: nn.Module = GatedRMSNorm(width, cfg.lightning_norm_eps)
         self.core: nn.Module = LightningCore(cfg, layer)
 
     def forward(self, x: Tensor, documents: Documents, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """[rows, tokens, hidden] -> [rows, tokens, hidden]; `rotary` is the other mixer's."""
         q, k, v = F.silu(self.qkv(x)).unflatten(-1, (-1, 3 * self.head_dim)).chunk(3, dim=-1)
         o, gate = self.core(q, k, v, documents, filler=lambda: self.gate(x))
-        return self.out(torch.sigmoid(gate) * self.norm(o.flatten(-2)))
+        return self.out(self.norm(o.flatten(-2), gate))

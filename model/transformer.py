@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.documents import Documents, locate_documents
 from kernels.reference import rotary_table, widen
+from kernels.rms_norm import add_carried
 from model.attention import SoftmaxAttention
 from model.config import LayerType, ModelConfig, RouterConfig
-from model.layers import RMSNorm
+from model.layers import ResidualNorm, RMSNorm
 from model.lightning import LightningAttention, LightningCore
 from model.moe import MoE
 from model.router import Micro, Router
@@ -22,21 +23,20 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ModelConfig, router: RouterConfig, layer: int) -> None:
         super().__init__()
-        self.alpha = cfg.alpha
-        self.mixer_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        self.mixer_norm = ResidualNorm(cfg.hidden_size, cfg.norm_eps, cfg.alpha)
         self.mixer: nn.Module = (
             SoftmaxAttention(cfg)
             if cfg.layers[layer] is LayerType.softmax
             else LightningAttention(cfg, layer)
         )
-        self.moe_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps)
+        self.moe_norm = ResidualNorm(cfg.hidden_size, cfg.norm_eps, cfg.alpha)
         self.moe = MoE(cfg, router, layer)
 
     def forward(self, x: Tensor, documents: Documents, rotary: tuple[Tensor, Tensor], micro: Micro) -> Tensor:
         """[rows, tokens, hidden] -> [rows, tokens, hidden]."""
-        h = self.mixer_norm(x)
-        h = self.moe_norm(self.alpha * h + self.mixer(h, documents, rotary))
-        return self.alpha * h + self.moe(h, micro)
+        h, carried = self.mixer_norm(x)
+        h, carried = self.moe_norm(self.mixer(h, documents, rotary), carried)
+        return add_carried(carried, self.moe(h, micro))
 
 
 class Head(nn.Module):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.gated_norm import gated_rms_norm
 from kernels.reference import widen
 from model.lightning import LightningAttention, LightningCore
 from model.transformer import Transformer
@@ -30,7 +31,9 @@ def apply_tensor(model: Transformer, tp: Axis) -> dict[str, Placement]:
         if isinstance(mixer, LightningAttention):
             for part in ("qkv.weight", "gate.weight", "norm.weight"):
                 cut(f"{prefix}.{part}", dim=0)
-            mixer.norm = ShardedRMSNorm(mixer.norm.get_parameter("weight"), model.cfg.lightning_norm_eps, tp)
+            mixer.norm = ShardedGatedRMSNorm(
+                mixer.norm.get_parameter("weight"), model.cfg.lightning_norm_eps, tp
+            )
             _cut_slopes(mixer.core, tp)
         else:
             cut(f"{prefix}.q.weight", dim=0)
@@ -96,19 +99,19 @@ class _ScatterOutput:
         return scatter_to_sequence(output, self.tp)
 
 
-class ShardedRMSNorm(nn.Module):
-    """RMSNorm over heads that lie on several ranks: one all-reduced square sum a token."""
+class ShardedGatedRMSNorm(nn.Module):
+    """Gated RMSNorm over heads that lie on several ranks: one all-reduced sum a token each way."""
 
     def __init__(self, weight: nn.Parameter, eps: float, tp: Axis) -> None:
         super().__init__()
         self.weight, self.eps, self.tp = weight, eps, tp
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., heads/tp * head_dim] -> the same shape."""
-        wide = widen(x)
-        squares = all_reduce_both(wide.square().sum(-1, keepdim=True), self.tp)
-        normed = wide * torch.rsqrt(squares / (x.shape[-1] * self.tp.size) + self.eps)
-        return normed.to(x.dtype) * self.weight
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """[..., heads/tp * head_dim] twice -> the same shape."""
+        return gated_rms_norm(x, gate, self.weight, self.eps, parts=self.tp.size, merge=self._merge)
+
+    def _merge(self, total: Tensor) -> Tensor:
+        return all_reduce_both(total, self.tp)
 
 
 class VocabParallelEmbedding(nn.Module):
