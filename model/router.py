@@ -3,12 +3,14 @@
 `pool` is the place where a parallel form enters; its default knows one process.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kernels.permute import sort_choices
+from kernels.counting import count_keys
+from kernels.reference import Balance, Record
+from kernels.router import choose_experts, record_choices, route
 from model.capacity import LocalPool, Pool, decide_replicas, line_up
 from model.config import AuxNormalisation, AuxScope, Balancing, ModelConfig, Renormalise, RouterConfig
 from model.hashing import draw, uniform
@@ -47,7 +49,7 @@ class Decision(NamedTuple):
     replicas: Tensor | None
     """As in Routing."""
     real: Tensor | None
-    """[tokens]: 0 for padding, else 1; None without padding."""
+    """[tokens] bool: False for padding; None without padding."""
     share: Tensor
     """[experts]: part of the choices of aux_scope that chose each expert."""
     tokens: Tensor
@@ -112,55 +114,61 @@ class Router(nn.Module):
         if self.training and self.cfg.jitter:
             wide = wide * self._jitter(x, micro)
         logits = self.gate(wide).flatten(0, 1)
-        probs = logits.softmax(-1)
         memo, decision = self.memo, None if self.memo is None else self.memo.decision
-        is_first = decision is None
         if decision is None:
-            decision = self._decide(probs.detach(), x, micro)
+            decision = self._decide(logits.detach(), x, micro)
         if memo is not None:
             memo.decision = decision
-        weights = probs.gather(-1, decision.experts)
-        if self.cfg.renormalise is Renormalise.after_drop and decision.replicas is not None:
-            weights = torch.where(decision.replicas >= 0, weights, 0)
-        weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-        if self.training:
-            loss = self._balance(logits, probs, decision, is_first)
-            weights = _AddLoss.apply(weights, loss * micro.loss_weight)
+        weights = route(
+            logits,
+            decision.experts,
+            replicas=decision.replicas if self.cfg.renormalise is Renormalise.after_drop else None,
+            balance=self._balance(decision, micro) if self.training else None,
+        )
         return Routing(weights, decision.experts, decision.replicas)
 
     @torch.no_grad()
-    def _decide(self, probs: Tensor, x: Tensor, micro: Micro) -> Decision:
-        """Choose experts for [tokens, experts] probabilities, drop what exceeds the capacity, count."""
-        experts, pool, real = self._choose(probs, x, micro), self.pool, None
-        replicas, wanted, group = None, experts, pool.rank // pool.group_size
+    def _decide(self, logits: Tensor, x: Tensor, micro: Micro) -> Decision:
+        """Choose experts by [tokens, experts] logits, drop what exceeds the capacity, count."""
+        pool, real = self.pool, None
+        replicas, group = None, pool.rank // pool.group_size
         if micro.lengths is not None:
             real = (pool.places(x).positions < micro.lengths[:, None]).flatten()
+        bias = self.bias if self.cfg.balancing is Balancing.bias else None
+        experts, sums = choose_experts(logits, self.top_k, bias=bias, real=real)
+        if self.cfg.force != "none":
+            experts = self._force(x, micro)
+        wanted = experts
+        if real is not None:
             wanted = torch.where(real[:, None], experts, self.num_experts)
             replicas = torch.where(real[:, None], group, -1).expand_as(experts)
         if not self.training:  # no capacity: held-out loss is that of the model as it is served
-            return Decision(experts, replicas, real, *probs.new_empty(2, 0))
+            return Decision(experts, replicas, real, *sums.new_empty(2, 0))
+        dropped = None
         if self.cfg.capacity_factor is None:
-            choices = sort_choices(wanted.flatten(), self.num_experts).counts
+            choices = count_keys(wanted.flatten(), self.num_experts)
             pooled = pool.sum(choices)
         else:
             cells, keys = line_up(pool.places(x), micro.offsets, draw(self.seed, micro.number, self.layer))
             replicas, choices, dropped, pooled = decide_replicas(
                 wanted, cells, keys, pool, num_experts=self.num_experts, factor=self.cfg.capacity_factor
             )
-            self.dropped += dropped
             if pool.num_groups > 1:
                 self.moved += ((replicas >= 0) & (replicas != group)).sum()
-        self.load += choices
-        self.step_choices += pooled
-        counted = self.step_choices if self.cfg.aux_scope is AuxScope.global_batch else pooled
-        share = counted.to(probs.dtype) / counted.sum()
-        return Decision(experts, replicas, real, share, pooled.sum() / self.top_k)
+        share, tokens = record_choices(
+            Record(self.load, self.dropped, self.step_choices, self.losses),
+            sums,
+            choices,
+            dropped,
+            pooled,
+            top_k=self.top_k,
+            scale=self._aux_scale,
+            so_far=self.cfg.aux_scope is AuxScope.global_batch,
+        )
+        return Decision(experts, replicas, real, share, tokens)
 
-    def _choose(self, probs: Tensor, x: Tensor, micro: Micro) -> Tensor:
-        """[tokens, top_k] experts."""
-        if self.cfg.force == "none":
-            biased = probs + self.bias if self.cfg.balancing is Balancing.bias else probs
-            return biased.topk(self.top_k, dim=-1).indices
+    def _force(self, x: Tensor, micro: Micro) -> Tensor:
+        """[tokens, top_k] experts that no logit has a say in."""
         index = self.pool.places(x).numbers.reshape(-1, 1)
         every_expert = torch.arange(self.num_experts, device=x.device)
         if self.cfg.skew is None:
@@ -169,39 +177,28 @@ class Router(nn.Module):
         noise = -torch.log(-torch.log(uniform(index * self.num_experts + every_expert, key)))  # Gumbel
         return (noise - self.cfg.skew * torch.log(every_expert + 1.0)).topk(self.top_k, dim=-1).indices
 
+    @property
+    def _aux_scale(self) -> float:
+        """Of sum_e share_e * mean P_e."""
+        is_switch = self.cfg.aux_normalisation is AuxNormalisation.switch
+        return self.num_experts if is_switch else 1 / self.num_experts
+
+    def _balance(self, decision: Decision, micro: Micro) -> Balance:
+        """This rank's part of the losses."""
+        cfg = self.cfg
+        return Balance(
+            decision.real,
+            decision.share,
+            decision.tokens,
+            scale=self._aux_scale,
+            aux_coefficient=cfg.aux_loss_coefficient if cfg.balancing is Balancing.aux_loss else 0.0,
+            z_coefficient=cfg.z_loss_coefficient,
+            weight=micro.loss_weight,
+        )
+
     def _jitter(self, x: Tensor, micro: Micro) -> Tensor:
         """Factors of [rows, tokens, hidden], by seed, micro-batch, layer, place in the pool and entry."""
         index = self.pool.places(x).numbers[..., None] * x.shape[-1]
         key = draw(self.seed, micro.number, self.layer, 2)
         noise = uniform(index + torch.arange(x.shape[-1], device=x.device), key)
         return (1 + self.cfg.jitter * (2 * noise - 1)).to(self.gate.weight.dtype)
-
-    def _balance(self, logits: Tensor, probs: Tensor, decision: Decision, is_first: bool) -> Tensor:
-        """This rank's part of the aux loss, E * sum_e share_e * mean P_e, and of the z-loss."""
-        cfg, tokens, squares = self.cfg, decision.tokens, logits.logsumexp(-1).square()
-        if decision.real is not None:
-            probs, squares = probs * decision.real[:, None], squares * decision.real
-        scale = self.num_experts if cfg.aux_normalisation is AuxNormalisation.switch else 1 / self.num_experts
-        aux = scale * (decision.share * probs.sum(0)).sum() / tokens
-        z = squares.sum() / tokens
-        if is_first:
-            with torch.no_grad():
-                entropy = -torch.special.xlogy(probs, probs).sum() / tokens
-                self.losses += torch.stack([aux, z, entropy])
-        loss = cfg.z_loss_coefficient * z
-        if cfg.balancing is Balancing.aux_loss:
-            loss = loss + cfg.aux_loss_coefficient * aux
-        return loss
-
-
-class _AddLoss(torch.autograd.Function):
-    """forward: the tensor itself; backward: its gradient, and 1 for the loss, as if it had been added."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
-        ctx.save_for_backward(torch.ones_like(loss))
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return grads[0], ctx.saved_tensors[0]
