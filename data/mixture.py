@@ -100,7 +100,8 @@ class Deficits:
                 "raise data.sources[*].max_epochs, add data or train fewer tokens"
             )
         credits, shares = self._credits, self._shares
-        return max(self._active, key=lambda i: credits[i] + shares[i] * size)
+        lacking = [credits[i] + shares[i] * size for i in self._active]
+        return self._active[lacking.index(max(lacking))]
 
     def charge(self, unit: int, tokens: int) -> None:
         """Count tokens that a unit gave."""
