@@ -5,7 +5,7 @@ T rows of K entries here, tiles of BT x BK.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -14,7 +14,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.reference import gated_rms_norm as plain_gated_rms_norm
-from kernels.row_tiles import Launch, as_rows, has_kernel, load_tile, persistent_programs, sum_partials
+from kernels.row_tiles import (
+    Config,
+    as_rows,
+    choose_backward,
+    choose_forward,
+    has_kernel,
+    load_tile,
+    persistent_programs,
+    sum_partials,
+)
 
 Merge = Callable[[Tensor], Tensor]
 
@@ -34,24 +43,6 @@ def gated_rms_norm(
     return compute(o, gate, weight, eps, parts=parts, merge=merge)
 
 
-FORWARD = [Launch(2048, 4), Launch(4096, 8), Launch(8192, 16)]
-BACKWARD = [Launch(2048, 4, num_stages=2, per_sm=2), Launch(8192, 16, num_stages=3)]
-
-
-class Config(NamedTuple):
-    """Launches of both kernels."""
-
-    forward: Launch
-    backward: Launch
-
-
-def choose_config(size: int) -> Config:
-    """For rows of `size` entries."""
-    if size <= 2048:
-        return Config(FORWARD[0], BACKWARD[0])
-    return Config(FORWARD[1], BACKWARD[1])
-
-
 def gated_rms_norm_triton(
     o: Tensor,
     gate: Tensor,
@@ -66,7 +57,6 @@ def gated_rms_norm_triton(
     if o.shape != gate.shape or o.shape[-1:] != weight.shape:
         shapes = f"o {tuple(o.shape)}, gate {tuple(gate.shape)}, weight {tuple(weight.shape)}"
         raise ValueError(f"{shapes}: expected [..., size] twice and [size]")
-    config = choose_config(o.shape[-1]) if config is None else config
     return _GatedRMSNorm.apply(o, gate, weight, eps, parts, merge, config)
 
 
@@ -82,15 +72,16 @@ class _GatedRMSNorm(torch.autograd.Function):
         eps: float,
         parts: int,
         merge: Merge | None,
-        config: Config,
+        config: Config | None,
     ) -> Tensor:
         rows, gates, size = as_rows(o), as_rows(gate), o.shape[-1]
         dtype = torch.promote_types(torch.promote_types(o.dtype, gate.dtype), weight.dtype)
         y = torch.empty(o.shape, dtype=dtype, device=o.device)
         rstd = torch.empty(rows.shape[0], dtype=torch.float32, device=o.device)
-        bt, bk = config.forward.tile(size)
+        launch = choose_forward(size) if config is None else config.forward
+        bt, bk = launch.tile(size)
         grid = (triton.cdiv(rows.shape[0], bt),)
-        options = {"K": size, "BT": bt, "BK": bk, "num_warps": config.forward.num_warps}
+        options = {"K": size, "BT": bt, "BK": bk, "num_warps": launch.num_warps}
         if merge is not None:
             if grid[0]:
                 _squares[grid](rows, rstd, rows.shape[0], rows.stride(0), **options)
@@ -114,7 +105,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         mean = rstd
         if ctx.merge is not None:
             mean = torch.empty_like(rstd)
-            launch = ctx.config.forward
+            launch = choose_forward(size) if ctx.config is None else ctx.config.forward
             bt, bk = launch.tile(size)
             if count:
                 _dots[(triton.cdiv(count, bt),)](
@@ -122,7 +113,8 @@ class _GatedRMSNorm(torch.autograd.Function):
                     K=size, BT=bt, BK=bk, num_warps=launch.num_warps,
                 )  # fmt: skip
             mean = ctx.merge(mean) / (size * ctx.parts)
-        launch = ctx.config.backward
+        read = (x.dtype for x in tensors)
+        launch = choose_backward(size, *read) if ctx.config is None else ctx.config.backward
         bt, bk = launch.tile(size)
         programs = persistent_programs(triton.cdiv(count, bt), launch, o.device)
         partials = torch.empty(programs, size, dtype=torch.float32, device=o.device)

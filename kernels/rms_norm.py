@@ -14,7 +14,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.reference import rms_norm as plain_rms_norm
-from kernels.row_tiles import Launch, as_rows, has_kernel, load_tile, persistent_programs, sum_partials
+from kernels.row_tiles import (
+    Config,
+    as_rows,
+    choose_backward,
+    choose_forward,
+    has_kernel,
+    load_tile,
+    persistent_programs,
+    sum_partials,
+)
 
 
 class Carried(NamedTuple):
@@ -54,24 +63,6 @@ def carry_rms_norm(
 def add_carried(carried: Carried, branch: Tensor) -> Tensor:
     """carried + branch, [..., size]."""
     return add_carried_triton(carried, branch) if has_kernel(branch) else carried.tensor + branch
-
-
-FORWARD = [Launch(2048, 4), Launch(4096, 8), Launch(8192, 16)]
-BACKWARD = [Launch(2048, 4, num_stages=2, per_sm=2), Launch(8192, 16, num_stages=3)]
-
-
-class Config(NamedTuple):
-    """Launches of both kernels."""
-
-    forward: Launch
-    backward: Launch
-
-
-def choose_config(size: int) -> Config:
-    """Of rows of `size` entries."""
-    if size <= 2048:
-        return Config(FORWARD[0], BACKWARD[0])
-    return Config(FORWARD[1], BACKWARD[1])
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, *, config: Config | None = None) -> Tensor:
@@ -130,8 +121,7 @@ class _RMSNorm(torch.autograd.Function):
             shapes = [tuple(t.shape) for t in (x, weight, residual) if t is not None]
             raise ValueError(f"x, weight and residual {shapes}: expected [..., size], [size] and x's shape")
         size = x.shape[-1]
-        ctx.config = choose_config(size) if config is None else config
-        launch = ctx.config.forward
+        launch = choose_forward(size) if config is None else config.forward
         rows, others = as_rows(x), as_rows(x if residual is None else residual)
         y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype), device=x.device)
         rstd = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
@@ -142,7 +132,7 @@ class _RMSNorm(torch.autograd.Function):
                 K=size, BT=bt, BK=bk, HAS_RESIDUAL=residual is not None, num_warps=launch.num_warps,
             )  # fmt: skip
         ctx.save_for_backward(x, residual, weight, rstd)
-        ctx.factor, ctx.alpha = factor, alpha
+        ctx.factor, ctx.alpha, ctx.config = factor, alpha, config
         ctx.set_materialize_grads(False)
         return y, y.view_as(y)
 
@@ -156,7 +146,8 @@ class _RMSNorm(torch.autograd.Function):
         first, second = as_rows(used[0]), as_rows(used[-1])  # the same twice if h was used once
         rows, others = as_rows(x), as_rows(x if residual is None else residual)
         ds = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        launch = ctx.config.backward
+        read = [x.dtype, *(y.dtype for y in used), *([] if residual is None else [residual.dtype])]
+        launch = choose_backward(x.shape[-1], *read) if ctx.config is None else ctx.config.backward
         bt, bk = launch.tile(x.shape[-1])
         tiles = triton.cdiv(rows.shape[0], bt)
         programs = persistent_programs(tiles, launch, x.device)

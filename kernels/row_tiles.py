@@ -30,6 +30,32 @@ class Launch(NamedTuple):
         return max(1, self.elements // columns), columns
 
 
+class Config(NamedTuple):
+    """Launches of an op's two kernels."""
+
+    forward: Launch
+    backward: Launch
+
+
+FORWARD = [Launch(2048, 4), Launch(8192, 8), Launch(8192, 16)]
+BACKWARD = [Launch(4096, 4, num_stages=3, per_sm=2), Launch(8192, 8, num_stages=3), Launch(8192, 16)]
+SHARED_BYTES = 200_000
+"""What the tiles on their way may take of a multiprocessor's shared memory."""
+
+
+def choose_forward(size: int) -> Launch:
+    """For rows of `size` entries."""
+    return FORWARD[0] if size <= 2048 else FORWARD[1] if size <= 8192 else FORWARD[2]
+
+
+def choose_backward(size: int, *dtypes: torch.dtype) -> Launch:
+    """For rows of `size` entries; dtypes: of the tensors that are read by tiles."""
+    launch = BACKWARD[0] if size <= 2048 else BACKWARD[1]
+    bt, bk = launch.tile(size)
+    held = bt * bk * sum(dtype.itemsize for dtype in dtypes) * launch.num_stages * launch.per_sm
+    return launch if held <= SHARED_BYTES else BACKWARD[2]
+
+
 def has_kernel(x: Tensor) -> bool:
     """Whether the kernels over rows take x; elsewhere their twins compute."""
     return x.is_cuda and x.dtype != torch.float64

@@ -9,18 +9,15 @@ from torch import Tensor
 
 from kernels.reference import rms_norm as plain_rms_norm
 from kernels.rms_norm import (
-    BACKWARD,
-    FORWARD,
     Carried,
-    Config,
     add_carried,
     add_carried_triton,
     carry_rms_norm,
     carry_rms_norm_triton,
-    choose_config,
     rms_norm,
     rms_norm_triton,
 )
+from kernels.row_tiles import BACKWARD, FORWARD, Config
 from tests.kernels.harness import DEVICE, DTYPES, check_against_twin, random_tensor
 
 ON_GPU = DEVICE.type == "cuda"
@@ -135,11 +132,6 @@ def test_public_functions_choose_by_device() -> None:
         chain(carry_rms_norm, add_carried)(x, weight, weight, a, b), run(x, weight, weight, a, b)
     )
     assert rms_norm(x.double(), weight.double(), 1e-5).dtype == torch.float64
-
-
-def test_choice_is_listed() -> None:
-    for size in (1, 96, 2048, 6144, 8192):
-        assert choose_config(size) in CONFIGS
 
 
 @pytest.mark.skipif(not ON_GPU, reason="27 GB of memory")
