@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.documents import Documents
 from kernels.reference import lightning_attention as lightning_attention_by_chunks
@@ -40,13 +41,7 @@ class Config(NamedTuple):
     num_stages: int
 
 
-CONFIGS = [
-    Config(64, 64, 4, 2),
-    Config(64, 32, 4, 2),
-    Config(64, 64, 4, 3),
-    Config(32, 64, 4, 2),
-    Config(32, 32, 4, 1),
-]
+CONFIGS = [Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(16, 16, 4, 1)]
 
 
 class Layout(NamedTuple):
@@ -68,7 +63,7 @@ def plan_layout(q: Tensor, config: Config | None = None, segments: int | None = 
     rows, tokens, heads, size = q.shape
     padded = triton.next_power_of_2(size)
     if config is None:
-        config = CONFIGS[0] if padded * q.element_size() <= 256 else CONFIGS[3 if padded <= 128 else 4]
+        config = CONFIGS[3 if q.element_size() > 2 else 0 if padded <= 128 else 2]
     config = config._replace(columns=min(config.columns, padded))
     blocks, chunks = triton.cdiv(size, config.columns), triton.cdiv(tokens, config.chunk)
     if segments is None:
@@ -162,37 +157,35 @@ class _LightningAttention(torch.autograd.Function):
         initial: Tensor | None,
         layout: Layout,
     ) -> tuple[Tensor, Tensor]:
-        q, k, v = _alike(q, k, v)
+        q, k, v = _readable(q), _readable(k), _readable(v)
         positions = positions.contiguous()
         o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        entering, final = _entering_states(k, v, slopes, positions, initial, layout, reverse=False)
-        _launch_scan((q, k, v, o), slopes, positions, entering, final, layout)
+        entering, _ = _entering_states(k, v, slopes, positions, initial, layout, reverse=False)
+        after = _new_states(q, layout.segments)
+        _launch_scan((q, k, v, o), slopes, positions, entering, after, layout)
         ctx.save_for_backward(q, k, v, slopes, positions, *(() if entering is None else (entering,)))
         ctx.layout, ctx.initial_dtype = layout, None if initial is None else initial.dtype
-        return o, final
+        return o, after[:, :, -1].contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, slopes, positions, *kept = ctx.saved_tensors
-        layout, grad = ctx.layout, _rows_in_order(grads[0])
+        layout, grad = ctx.layout, _readable(grads[0])
         entering = kept[0] if kept else None
-        returning, d_initial = _entering_states(q, grad, slopes, positions, grads[1], layout, reverse=True)
+        returning, _ = _entering_states(q, grad, slopes, positions, grads[1], layout, reverse=True)
+        before = _new_states(q, layout.segments)
         packed = torch.empty((*q.shape[:-1], 3 * layout.size), dtype=q.dtype, device=q.device)
         parts = packed.chunk(3, -1)
         grid = (3 * layout.blocks, layout.segments, q.shape[0] * q.shape[2])
         _backward_kernel[grid](
-            q, k, v, grad, *parts, positions, slopes, entering, returning, d_initial,
+            *(_tiles(x, layout) for x in (k, q, v, grad)),
+            *(_tiles(x, layout, part=True) for x in (k, q, grad, *parts)),
+            positions, slopes, entering, returning, before,
             q.shape[1], q.shape[2], layout.segment_chunks, layout.blocks,
-            *q.stride()[:3], *grad.stride()[:3], *parts[0].stride()[:3],
-            **_constants(layout), HAS_ENTERING=entering is not None, HAS_FINAL=layout.segments == 1,
+            **_constants(layout), HAS_ENTERING=entering is not None,
         )  # fmt: skip
-        return (
-            *parts,
-            None,
-            None,
-            None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype),
-            None,
-        )
+        d_initial = None if ctx.initial_dtype is None else before[:, :, 0].to(ctx.initial_dtype)
+        return *parts, None, None, d_initial, None
 
 
 class _EndState(torch.autograd.Function):
@@ -200,7 +193,7 @@ class _EndState(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, slopes: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-        k, v = _alike(k, v)
+        k, v = _readable(k), _readable(v)
         positions = positions.contiguous()
         ctx.save_for_backward(k, v, slopes, positions)
         if layout.segments > 1:
@@ -220,19 +213,11 @@ class _EndState(torch.autograd.Function):
         return dk, torch.einsum("rthd,rhde->rthe", k * weight, grad), None, None, None
 
 
-def _rows_in_order(x: Tensor) -> Tensor:
-    """x with its last dim contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors with one set of strides, the last 1."""
-    strides = {x.stride() for x in tensors}
-    return (
-        tensors
-        if len(strides) == 1 and tensors[0].stride(-1) == 1
-        else tuple(x.contiguous() for x in tensors)
-    )
+def _readable(x: Tensor) -> Tensor:
+    """x as the GPU's copy engine wants it: last dim dense, the other strides and the start of 16 bytes."""
+    size = x.element_size()
+    is_fine = x.stride(-1) == 1 and all(n * size % 16 == 0 for n in (*x.stride()[:-1], x.storage_offset()))
+    return x if is_fine else x.contiguous()
 
 
 def _new_states(like: Tensor, segments: int) -> Tensor:
@@ -294,85 +279,80 @@ def _launch_scan(
     x, y, z, out = tensors
     grid = (layout.blocks, layout.segments, x.shape[0] * x.shape[2])
     _scan_kernel[grid](
-        x, y, z, out, positions, slopes, entering, final,
-        x.shape[1], x.shape[2], layout.segment_chunks,
-        *x.stride()[:3], *y.stride()[:3], *z.stride()[:3], *out.stride()[:3],
-        **_constants(layout), REVERSE=reverse, HAS_INITIAL=entering is not None,
-        HAS_FINAL=states_only or layout.segments == 1, HAS_OUT=not states_only,
+        _tiles(x, layout), _tiles(y, layout), _tiles(z, layout, part=True), _tiles(out, layout, part=True),
+        positions, slopes, entering, final, x.shape[1], x.shape[2], layout.segment_chunks,
+        **_constants(layout) | ({"num_stages": 2} if states_only else {}), REVERSE=reverse,
+        HAS_INITIAL=entering is not None, HAS_OUT=not states_only,
     )  # fmt: skip
+
+
+def _tiles(x: Tensor, layout: Layout, *, part: bool = False) -> TensorDescriptor:
+    """x [rows, tokens, heads, head_dim] by chunks, of all columns or of a program's."""
+    x = x.transpose(1, 2)
+    columns = layout.config.columns if part else layout.padded
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, layout.config.chunk, columns])
 
 
 @triton.jit
 def _scan_kernel(
     x, y, z, out, positions, slopes, entering, final, tokens, heads, segment_chunks,
-    x_row, x_token, x_head, y_row, y_token, y_head, z_row, z_token, z_head, out_row, out_token, out_head,
     SIZE: tl.constexpr, C: tl.constexpr, Y: tl.constexpr, Z: tl.constexpr, REVERSE: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_OUT: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_OUT: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of columns, segments, rows * heads."""
-    row, head = tl.program_id(2).to(tl.int64) // heads, tl.program_id(2).to(tl.int64) % heads
+    row, head = tl.program_id(2) // heads, tl.program_id(2) % heads
     _scan(
-        x + row * x_row + head * x_head, y + row * y_row + head * y_head, z + row * z_row + head * z_head,
-        out + row * out_row + head * out_head, positions + row * tokens, slopes + head, entering, final,
-        tl.program_id(0), tokens, segment_chunks, x_token, y_token, z_token, out_token, SIZE, 1,
-        SIZE, C, Y, Z, REVERSE, HAS_INITIAL, HAS_FINAL, HAS_OUT,
+        x, y, z, out, positions, slopes, entering, final, row, head, tl.program_id(0), tokens, segment_chunks,
+        SIZE, 1, SIZE, C, Y, Z, REVERSE, HAS_INITIAL, True, HAS_OUT,
     )  # fmt: skip
 
 
 @triton.jit
 def _backward_kernel(
-    q, k, v, do, dq, dk, dv, positions, slopes, entering, returning, d_initial,
+    k, q, v, do, k_block, q_block, do_block, dq, dk, dv, positions, slopes, entering, returning, before,
     tokens, heads, segment_chunks, blocks,
-    row_stride, token_stride, head_stride, do_row, do_token, do_head, grad_row, grad_token, grad_head,
     SIZE: tl.constexpr, C: tl.constexpr, Y: tl.constexpr, Z: tl.constexpr,
-    HAS_ENTERING: tl.constexpr, HAS_FINAL: tl.constexpr,
+    HAS_ENTERING: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of columns of dq, dk and dv, segments, rows * heads."""
-    row, head = tl.program_id(2).to(tl.int64) // heads, tl.program_id(2).to(tl.int64) % heads
-    place = row * row_stride + head * head_stride
-    q, k, v, do = q + place, k + place, v + place, do + row * do_row + head * do_head
-    place = row * grad_row + head * grad_head
-    positions += row * tokens
-    slopes += head
+    row, head = tl.program_id(2) // heads, tl.program_id(2) % heads
     block = tl.program_id(0) % blocks
     which = tl.program_id(0) // blocks
     if which == 0:
         _scan(
-            do, v, k, dq + place, positions, slopes, entering, d_initial, block, tokens, segment_chunks,
-            do_token, token_stride, token_stride, grad_token, 1, SIZE,
-            SIZE, C, Y, Z, False, HAS_ENTERING, False, True,
+            do, v, k_block, dq, positions, slopes, entering, before, row, head, block,
+            tokens, segment_chunks, 1, SIZE, SIZE, C, Y, Z, False, HAS_ENTERING, False, True,
         )  # fmt: skip
     elif which == 1:
         _scan(
-            v, do, q, dk + place, positions, slopes, returning, d_initial, block, tokens, segment_chunks,
-            token_stride, do_token, token_stride, grad_token, 1, SIZE,
-            SIZE, C, Y, Z, True, True, False, True,
+            v, do, q_block, dk, positions, slopes, returning, before, row, head, block,
+            tokens, segment_chunks, 1, SIZE, SIZE, C, Y, Z, True, True, False, True,
         )  # fmt: skip
     else:
         _scan(
-            k, q, do, dv + place, positions, slopes, returning, d_initial, block, tokens, segment_chunks,
-            token_stride, token_stride, do_token, grad_token, SIZE, 1,
-            SIZE, C, Y, Z, True, True, HAS_FINAL, True,
+            k, q, do_block, dv, positions, slopes, returning, before, row, head, block,
+            tokens, segment_chunks, SIZE, 1, SIZE, C, Y, Z, True, True, True, True,
         )  # fmt: skip
 
 
 @triton.jit
 def _scan(
-    x, y, z, out, positions, slopes, entering, final, block, tokens, segment_chunks,
-    x_token, y_token, z_token, out_token, state_y, state_z,
+    x, y, z, out, positions, slopes, entering, final, row, head, block,
+    tokens, segment_chunks, state_y, state_z,
     SIZE: tl.constexpr, C: tl.constexpr, Y: tl.constexpr, Z: tl.constexpr, REVERSE: tl.constexpr,
     HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_OUT: tl.constexpr,
 ):  # fmt: skip
-    """Columns `block` of one segment of one head; the pointers are those of its row and head.
+    """Columns `block` of one segment of one head.
 
+    x, y, z, out: descriptors of [rows, heads, tokens, SIZE], which read 0 behind a row's end.
     entering: states before each segment (after it if REVERSE) by the strides of y and z; final: after it.
     """
-    slope = tl.load(slopes) * 1.4426950408889634  # log2(e)
+    slope = tl.load(slopes + head) * 1.4426950408889634  # log2(e)
     i = tl.arange(0, C)
     d = tl.arange(0, Y)
     e = block * Z + tl.arange(0, Z)
-    distance = i[None, :] - i[:, None] if REVERSE else i[:, None] - i[None, :]
-    decay = tl.where(distance >= 0, tl.exp2(-slope * tl.maximum(distance, 0)), 0.0)
+    # exp(-s |i - j|) as a product of two vectors, which over 64 tokens are far from overflow.
+    falling, rising = tl.exp2(-slope * (i - C // 2)), tl.exp2(slope * (i - C // 2))
     segment = tl.program_id(1)
     state_place = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + segment
     in_state = (d < SIZE)[:, None] & (e < SIZE)[None, :]
@@ -383,36 +363,49 @@ def _scan(
 
     first = segment * segment_chunks
     count = tl.minimum(segment_chunks, tl.cdiv(tokens, C) - first)
-    for n in range(count):
-        t0 = (first + (count - 1 - n if REVERSE else n)) * C
-        t = t0 + i
-        here = t < tokens
-        wide, narrow = here[:, None] & (d < SIZE)[None, :], here[:, None] & (e < SIZE)[None, :]
-        base = t0.to(tl.int64)
-        y_tile = tl.load(y + base * y_token + i[:, None] * y_token + d[None, :], mask=wide, other=0.0)
-        z_tile = tl.load(z + base * z_token + i[:, None] * z_token + e[None, :], mask=narrow, other=0.0)
+    t0 = (first + count - 1 if REVERSE else first) * C
+    step = -C if REVERSE else C
+    positions += row.to(tl.int64) * tokens
+    place = tl.load(positions + tl.minimum(t0 + i, tokens - 1))
+    last_place = tl.load(positions + tl.minimum(t0 + C, tokens) - 1)
+    for _ in range(count):
+        y_tile = y.load([row, head, t0, 0]).reshape(C, Y)
+        z_tile = z.load([row, head, t0, block * Z]).reshape(C, Z)
 
         # What the documents allow: from before the chunk to its head, from its tail on, through all of it.
         length = tl.minimum(C, tokens - t0)
-        start = t - tl.load(positions + t, mask=here, other=0)
-        last_start = t0 + length - 1 - tl.load(positions + t0 + length - 1)
-        before = tl.maximum(t0, 1)  # what enters a row belongs to its first document, wherever that began
-        head = tl.where(here & (start < before), tl.exp2(-slope * (i + 1)), 0.0)
-        tail = tl.where(here & (t >= last_start), tl.exp2(-slope * (length - 1 - i)), 0.0)
+        start = i - place  # of the token's document, counted from the chunk
+        last_start = length - 1 - last_place
+        before = 1 if t0 == 0 else 0  # what enters a row belongs to its first document, wherever that began
+        is_head = start < before
+        is_tail = (i >= last_start) & (i < length)
         through = tl.where(last_start < before, tl.exp2(-slope * length), 0.0)
+        to_head = tl.where(is_head, tl.exp2(-slope * (i + 1)), 0.0)
+        to_end = tl.where(is_tail, tl.exp2(-slope * tl.maximum(length - 1 - i, 0)), 0.0)
 
+        scaled = (z_tile * (to_head if REVERSE else to_end)[:, None]).to(z_tile.dtype)
         if HAS_OUT:
-            x_tile = tl.load(x + base * x_token + i[:, None] * x_token + d[None, :], mask=wide, other=0.0)
-            seen = start[None, :] <= t[:, None] if REVERSE else start[:, None] <= t[None, :]
-            result = tl.dot(x_tile, state.to(x_tile.dtype), input_precision="ieee")
-            result *= (tail if REVERSE else head)[:, None]
+            x_tile = x.load([row, head, t0, 0]).reshape(C, Y)
             products = tl.dot(x_tile, tl.trans(y_tile), input_precision="ieee")
-            products = tl.where(seen, products * decay, 0.0).to(z_tile.dtype)
+            result = tl.dot(x_tile, state.to(x_tile.dtype), input_precision="ieee")
+            if REVERSE:
+                seen = (i[None, :] >= i[:, None]) & (start[None, :] <= i[:, None])
+                products = products * rising[:, None] * falling[None, :]
+                result *= to_end[:, None]
+            else:
+                seen = (i[None, :] <= i[:, None]) & (start[:, None] <= i[None, :])
+                products = products * falling[:, None] * rising[None, :]
+                result *= to_head[:, None]
+            products = tl.where(seen, products, 0.0).to(z_tile.dtype)
             result = tl.dot(products, z_tile, result, input_precision="ieee")
-            place = out + base * out_token + i[:, None] * out_token + e[None, :]
-            tl.store(place, result.to(out.dtype.element_ty), mask=narrow)
-        scaled = (z_tile * (head if REVERSE else tail)[:, None]).to(z_tile.dtype)
+            out.store([row, head, t0, block * Z], result.to(z_tile.dtype).reshape(1, 1, C, Z))
         state = tl.dot(tl.trans(y_tile), scaled, state * through, input_precision="ieee")
+
+        # The next chunk's documents arrive meanwhile.
+        t0 += step
+        following = tl.maximum(tl.minimum(t0, tokens - 1), 0)
+        place = tl.load(positions + tl.minimum(following + i, tokens - 1))
+        last_place = tl.load(positions + tl.minimum(following + C, tokens) - 1)
     if HAS_FINAL:
         final += state_place * SIZE * SIZE
         tl.store(final + d[:, None] * state_y + e[None, :] * state_z, state, mask=in_state)
