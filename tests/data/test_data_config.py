@@ -12,6 +12,27 @@ def test_weight_must_be_positive(weight: float) -> None:
         DataConfig(sources=[SourceConfig(path="a"), SourceConfig(path="b", weight=weight)])
 
 
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ({}, r"\[1\] has path=None and dataset=None; give one of them"),
+        ({"path": "a", "dataset": "b"}, r"\[1\] has path=a and dataset=b; give one of them"),
+        ({"dataset": "b", "max_documents": 0}, r"\[1\]\.max_documents=0 must be at least 1"),
+        ({"path": "a", "max_documents": 5}, r"\[1\]\.max_documents=5 has no meaning with path"),
+        ({"path": "a", "split": "test"}, r"\[1\]\.split=test has no meaning with path"),
+        ({"path": "a", "text_key": "body"}, r"\[1\]\.text_key=body has no meaning with path"),
+    ],
+)
+def test_a_source_is_files_or_text(source: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=rf"data\.sources{text}"):
+        DataConfig(sources=[SourceConfig(path="a"), SourceConfig(**source)], tokenizer="t")
+
+
+def test_text_needs_a_tokenizer() -> None:
+    with pytest.raises(ValueError, match=r"data\.sources\[0\]\.dataset=b needs data\.tokenizer; name a"):
+        DataConfig(sources=[SourceConfig(dataset="b")])
+
+
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
 def test_eval_fraction_must_leave_training_data(fraction: float) -> None:
     with pytest.raises(ValueError, match=rf"data\.eval_fraction={fraction:g} must be >= 0 and < 1"):

@@ -346,10 +346,15 @@ def test_eval_knows_no_buckets_and_no_epochs(make_dataset: MakeDataset) -> None:
     assert len(loader.next_step()) == 8
 
 
-@pytest.mark.parametrize("num_sources", [1, 3])
+@pytest.mark.parametrize("num_sources", [0, 1, 3])
 def test_row_of_a_million_tokens_takes_little_time(tmp_path: Path, num_sources: int) -> None:
-    """Less than 50 ms of one core (docs/data.md); more documents take longer, these are of 500 tokens."""
-    sources = []
+    """Less than 50 ms of one core (docs/data.md); more documents take longer, these are of 500 tokens, or
+    the embedded corpus of 5,300.
+    """
+    embedded = Path(__file__).resolve().parents[2] / "corpus/python"
+    if not num_sources and not embedded.with_suffix(".idx").exists():
+        pytest.skip("make test prepares corpus/python")
+    sources = [] if num_sources else [(TokenDataset(embedded), 1.0)]
     for n in range(num_sources):
         with DatasetWriter(tmp_path / str(n), vocab_size=60_000) as writer:
             for length in np.random.default_rng(n).integers(100, 900, 2500):
@@ -367,5 +372,5 @@ def test_row_of_a_million_tokens_takes_little_time(tmp_path: Path, num_sources: 
             loader.next_step()
             seconds.append(time.process_time() - begin)
         milliseconds[packing.value] = round(1000 * min(seconds), 1)
-    print(f"milliseconds for a row of 2**20 tokens from {num_sources} sources: {milliseconds}")
+    print(f"milliseconds for a row of 2**20 tokens from {num_sources or 'embedded'} sources: {milliseconds}")
     assert max(milliseconds.values()) < 100, "twice what it should take, for slower machines"

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
+from omegaconf import OmegaConf
 
 from data.config import SourceConfig
 from data.dataset import DatasetWriter
@@ -157,6 +159,15 @@ def test_the_published_recipe() -> None:
     end = total_steps(stages)
     assert stages[5].lr_at(stages[6].first_tokens, tokens_at(stages, end)) == pytest.approx(3e-5)
     assert [s.own.length_shares for s in stages[6:]] == [(0.3, 0.7, 0), (0.35, 0.35, 0.3), (0.3, 0.3, 0.4)]
+
+
+def test_the_program_shows_the_published_recipe() -> None:
+    shown = yaml.safe_load(launch("conf=minimax_text_01", SOURCES, "--cfg", "job").stdout)
+    recipe = OmegaConf.to_object(OmegaConf.load(ROOT / "conf/curriculum/minimax_01.yaml"))["curriculum"]
+    assert len(recipe) == 9 and shown["model"]["num_layers"] == 80
+    assert [known | said for known, said in zip(shown["curriculum"], recipe, strict=True)] == shown[
+        "curriculum"
+    ]
 
 
 def staged(run_dir: Path, *overrides: str, processes: int = 0) -> list[str]:
