@@ -6,11 +6,19 @@ Source: MiniMax-01, arXiv 2501.08313 sec. 2.1 (global router); the rule itself i
 """
 
 from fractions import Fraction
+from functools import cache
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from kernels.admission import (
+    Sharing,
+    admit_choices,
+    assign_replicas,
+    count_cells,
+    line_up_triton,
+)
 from kernels.permute import sort_choices
 
 PIECES = 2
@@ -30,15 +38,15 @@ class Places(NamedTuple):
     """Tokens of a row."""
     numbers: Tensor
     """[rows, tokens/(cp tp)]: number of each token in the pool."""
-    cells: Tensor
-    """[rows, tokens/(cp tp)]: contiguous piece of a row that each token belongs to, numbered on this rank."""
+    split: Tensor
+    """Scalar int64: tokens of a row in its first contiguous piece on this rank."""
 
 
 def locate(rows: Tensor, positions: Tensor, num_rows: int, row_tokens: int) -> Places:
     """Fill in what follows from rows and positions."""
-    piece = (positions.diff(prepend=positions[:1]) > 1).cumsum(0)
-    cells = torch.arange(len(rows), device=rows.device)[:, None] * PIECES + piece
-    return Places(rows, positions, num_rows, row_tokens, rows[:, None] * row_tokens + positions, cells)
+    is_second = (positions.diff(prepend=positions[:1]) > 1).cumsum(0)
+    split = len(positions) - is_second.sum()
+    return Places(rows, positions, num_rows, row_tokens, rows[:, None] * row_tokens + positions, split)
 
 
 class Pool(Protocol):
@@ -101,12 +109,15 @@ class LocalPool:
 Count = TypeVar("Count", int, Tensor)
 
 
-def capacity(factor: float, choices: Count, num_experts: int) -> Count:
-    """Choices that an expert admits of `choices` to all: ceil(factor * choices / experts), in integers.
+@cache
+def exact_factor(factor: float) -> Fraction:
+    """What was written, rounded to a fraction with six digits."""
+    return Fraction(str(factor)).limit_denominator(10**6)
 
-    The factor is what was written, rounded to a fraction with six digits.
-    """
-    exact = Fraction(str(factor)).limit_denominator(10**6)
+
+def capacity(factor: float, choices: Count, num_experts: int) -> Count:
+    """Choices that an expert admits of `choices` to all: ceil(factor * choices / experts), in integers."""
+    exact = exact_factor(factor)
     return -(-choices * exact.numerator // (exact.denominator * num_experts))
 
 
@@ -115,25 +126,37 @@ def line_up(places: Places, offsets: Tensor, start: int) -> tuple[Tensor, Tensor
 
     It begins at the first document that starts at or after place `start` (modulo the pool), and goes round:
     no place in a row is always last, and no document is cut, so that no token depends on later ones of it.
+    A cell is a run of this rank's tokens that lie together in that order: what a rank holds of a piece of a
+    row, without what of the row comes last of all, and this tail's pieces.
 
     Args:
         offsets: [rows, max_documents + 1], of the full rows.
         start: not negative.
 
     Returns:
-        cells [rows * tokens/(cp tp)], the contiguous piece of the order that each token belongs to, and
-        keys [cells], which sort the cells of all ranks.
+        cells [cells, 2], each one's first token on this rank and the one behind its last, 0 and 0 where it is
+        empty, and keys [cells], which sort the cells of all ranks.
     """
-    length, rows = places.row_tokens, places.rows
-    pool_tokens = places.num_rows * length
-    cut_row, place = divmod(start % pool_tokens, length)
-    later = torch.where(offsets >= place, offsets, length).amin(1)
-    is_tail = (rows == cut_row)[:, None] & (places.positions < later[:, None])
-    ahead = (places.numbers - start % pool_tokens).remainder(pool_tokens)
-    keys = torch.where(is_tail, pool_tokens + places.positions, ahead).flatten()
-    cells = torch.where(is_tail, places.cells % PIECES + len(rows) * PIECES, places.cells).flatten()
-    first = keys.new_full(((len(rows) + 1) * PIECES,), 2 * pool_tokens)
-    return cells, first.scatter_reduce(0, cells, keys, "amin")
+    length, rows, positions = places.row_tokens, places.rows, places.positions
+    pool_tokens, tokens = places.num_rows * length, len(positions)
+    start = start % pool_tokens
+    if rows.is_cuda:
+        return line_up_triton(
+            rows, positions, places.split, offsets, num_rows=places.num_rows, row_tokens=length, start=start
+        )
+    later = torch.where(offsets >= start % length, offsets, length).amin(1)
+    last = torch.stack([places.split, torch.full_like(places.split, tokens)])
+    first = torch.stack([torch.zeros_like(places.split), places.split])  # both [PIECES], in a row
+    heads = positions[first.clamp(max=tokens - 1)]
+    tails = torch.where((rows == start // length)[:, None], (later[:, None] - heads).clamp(min=0), 0)
+    cut = first + tails.minimum(last - first)  # [rows, PIECES]: the first token behind the tail
+    ahead = (rows[:, None] * length + positions[cut.clamp(max=tokens - 1)] - start).remainder(pool_tokens)
+    row = torch.arange(len(rows), device=rows.device)[:, None] * tokens
+    cells = torch.stack([row + cut, (row + last).expand_as(cut)], -1).flatten(0, 1)
+    tail = torch.where(cut > first, torch.stack([row + first, row + cut]), 0).sum(1)  # of one row at most
+    cells, keys = torch.cat([cells, tail.T]), torch.cat([ahead.flatten(), pool_tokens + heads])
+    is_empty = cells[:, 0] >= cells[:, 1]
+    return torch.where(is_empty[:, None], 0, cells), torch.where(is_empty, 2 * pool_tokens, keys)
 
 
 def admit(counts: Tensor, keys: Tensor, limit: Tensor | int) -> Tensor:
@@ -193,8 +216,13 @@ def decide_replicas(
         cells, keys: as from `line_up`.
         factor: capacity of an expert relative to an equal share of the choices that share it.
     """
+    if experts.is_cuda:
+        return decide_replicas_triton(experts, cells, keys, pool, num_experts=num_experts, factor=factor)
     beyond = len(keys) * num_experts
-    slots = torch.where(experts < num_experts, cells[:, None] * num_experts + experts, beyond).flatten()
+    order = cells[:, 1].argsort(stable=True)  # empty cells end at 0, before all others
+    ends, every_token = cells[order, 1].contiguous(), torch.arange(len(experts), device=experts.device)
+    cell = order[torch.searchsorted(ends, every_token, right=True)]
+    slots = torch.where(experts < num_experts, cell[:, None] * num_experts + experts, beyond).flatten()
     by_slot = sort_choices(slots, beyond)
     flat, real = by_slot.counts, slots.clamp(max=beyond - 1)
     in_slot = by_slot.inverse - (flat.cumsum(0) - flat)[real]
@@ -212,6 +240,25 @@ def decide_replicas(
     replicas = torch.where(is_in, replicas, -1).view_as(experts)
     choices = counts.sum(0)
     return Admission(replicas, choices, choices - mine.sum(0), table[..., 1:].sum((0, 1)))
+
+
+def decide_replicas_triton(
+    experts: Tensor, cells: Tensor, keys: Tensor, pool: Pool, *, num_experts: int, factor: float
+) -> Admission:
+    """`decide_replicas` in four launches and the collective."""
+    counted = count_cells(experts, cells, keys, num_experts)
+    exact = exact_factor(factor)
+    sharing = Sharing(
+        first=pool.peers.start or 0,
+        rank=pool.rank,
+        num_groups=pool.num_groups,
+        group_size=pool.group_size,
+        numerator=exact.numerator,
+        denominator=exact.denominator,
+    )
+    admitted = admit_choices(pool.gather(counted.table), counted.starts, sharing)
+    replicas = assign_replicas(experts, cells, counted.base, admitted, sharing)
+    return Admission(replicas, admitted.choices, admitted.dropped, admitted.pooled)
 
 
 def _replica(admitted: Tensor, number: Tensor, experts: Tensor, pool: Pool, limit: Tensor) -> Tensor:

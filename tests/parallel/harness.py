@@ -326,7 +326,10 @@ def drop_by_hand(case: Case) -> Callable[..., Admission]:
     def decide(
         experts: Tensor, cells: Tensor, keys: Tensor, pool: Any, *, num_experts: int, factor: float
     ) -> Admission:
-        order = sorted(range(len(experts)), key=lambda token: (int(keys[cells[token]]), token))
+        key_of = {
+            token: int(key) for cell, key in zip(cells.tolist(), keys, strict=True) for token in range(*cell)
+        }
+        order = sorted(range(len(experts)), key=lambda token: (key_of[token], token))
         is_real = experts[:, 0] < num_experts
         wanted = Counter(sharing[token] for token in order if is_real[token])
         admitted: Counter[tuple[int, int]] = Counter()
