@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.adamw import square_sum as square_sum_of_tensors
 from parallel.placement import Shard
 
 
@@ -19,8 +20,13 @@ def square_sum(shards: Sequence[Shard]) -> Tensor:
 
     In fp32 the CPU's serial sum is off by 1e-4 on half a million elements, differently for every sharding.
     """
-    norms = torch.stack(torch._foreach_norm(_gradients(shards), 2, torch.float64))
-    return (norms.square() / norms.new_tensor([shard.share for shard in shards])).sum()
+    return square_sum_of_tensors(_gradients(shards), [shard.share for shard in shards])
+
+
+def clip_factor(square: Tensor, max_norm: float) -> Tensor:
+    """What brings gradients of this square sum down to max_norm, at most 1; a scalar like `square`."""
+    norm = square.sqrt()
+    return torch.where(norm > max_norm, max_norm / norm, 1)
 
 
 def scale_gradients(shards: Sequence[Shard], factor: float) -> None:

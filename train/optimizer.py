@@ -1,4 +1,4 @@
-"""AdamW over this rank's fp32 masters: NVIDIA apex's where its kernels are installed, else torch's fused.
+"""AdamW over this rank's fp32 masters: NVIDIA apex's where it is installed, else our kernel, torch's on CPU.
 
 Moments have no library's format: `exp_avg`, `exp_avg_sq` by parameter name, and one step count.
 """
@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.adamw import Hyperparameters, Moving, adamw
 from parallel.config import Offload
-from parallel.placement import Shard
+from parallel.grad import scale_gradients
+from parallel.placement import Shard, publish
 from parallel.zero import build_cpu_adam
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,30 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{key}={getattr(self, key)} must lie in [0, 1)")
 
 
+class FusedAdamW(torch.optim.Optimizer):
+    """kernels/adamw.py as an optimizer: one pass clips, steps, and writes what the model computes with."""
+
+    def __init__(self, groups: list[dict[str, Any]], shards: Sequence[Shard], **options: Any) -> None:
+        super().__init__(groups, options)
+        self.copies = {s.master: s.parameter.detach() for s in shards if s.is_copied}
+
+    @torch.no_grad()
+    def step(self, closure: None = None, *, clip: Tensor | None = None) -> None:  # type: ignore[override]
+        """Update all masters and their copies from the gradients times `clip`, an fp32 scalar."""
+        for group in self.param_groups:
+            group["step"] += 1
+            beta1, beta2 = group["betas"]
+            hyper = Hyperparameters(
+                group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["step"]
+            )
+            moving = [
+                Moving(p, p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"], self.copies.get(p))
+                for p in group["params"]
+            ]
+            if moving:
+                adamw(moving, moving[0].master.new_ones(()) if clip is None else clip, hyper)
+
+
 def build_optimizer(shards: Sequence[Shard], cfg: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW with two parameter groups (matrices decay, norm weights do not), its moments at zero."""
     groups = [
@@ -58,7 +84,8 @@ def build_optimizer(shards: Sequence[Shard], cfg: OptimizerConfig) -> torch.opti
     ]
     optimizer: torch.optim.Optimizer
     options: dict[str, Any] = {"lr": cfg.lr, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}
-    reason = _why_not_apex(shards[0].master.device)
+    device = shards[0].master.device
+    reason = _why_not_apex(device)
     if cfg.offload is Offload.cpu:
         log.info("optimizer: DeepSpeed CPU Adam (optimizer.offload=cpu)")
         optimizer = build_cpu_adam(groups, **options)
@@ -67,6 +94,9 @@ def build_optimizer(shards: Sequence[Shard], cfg: OptimizerConfig) -> torch.opti
 
         log.info("optimizer: apex FusedAdam")
         optimizer = FusedAdam(groups, adam_w_mode=True, **options)
+    elif device.type == "cuda":
+        log.info("optimizer: fused AdamW (%s)", reason)
+        optimizer = FusedAdamW(groups, shards, **options)
     else:
         log.info("optimizer: torch fused AdamW (%s)", reason)
         optimizer = torch.optim.AdamW(groups, fused=True, **options)
@@ -74,6 +104,18 @@ def build_optimizer(shards: Sequence[Shard], cfg: OptimizerConfig) -> torch.opti
         optimizer.state[shard.master].update({m: torch.zeros_like(shard.master) for m in MOMENTS})
     set_step(optimizer, shards, 0)
     return optimizer
+
+
+def clipped_step(optimizer: torch.optim.Optimizer, shards: Sequence[Shard], clip: Tensor) -> None:
+    """One step on the gradients times `clip`, an fp64 scalar; the model computes with the new values."""
+    if isinstance(optimizer, FusedAdamW):
+        optimizer.step(clip=clip.float())
+        return
+    factor = clip.item()
+    if factor != 1:
+        scale_gradients(shards, factor)
+    optimizer.step()
+    publish(shards)
 
 
 def _why_not_apex(device: torch.device) -> str | None:
@@ -100,7 +142,7 @@ def moments(optimizer: torch.optim.Optimizer, shards: Sequence[Shard]) -> dict[s
 
 def set_step(optimizer: torch.optim.Optimizer, shards: Sequence[Shard], step: int) -> None:
     """Set the number of optimizer steps that the moments have seen."""
-    if type(optimizer).__name__ == "FusedAdam":  # apex counts by group, the others by tensor
+    if type(optimizer).__name__ in ("FusedAdam", "FusedAdamW"):  # they count by group, the others by tensor
         for group in optimizer.param_groups:
             group["step"] = step
         return

@@ -10,11 +10,11 @@ from data.config import Packing
 from data.packing import Batch
 from parallel.collectives import all_reduce_sum
 from parallel.context import zigzag
-from parallel.grad import scale_gradients, square_sum
+from parallel.grad import clip_factor, square_sum
 from parallel.pipeline import MicroBatch
-from parallel.placement import collect_gradients, drop_gradients, publish
+from parallel.placement import collect_gradients, drop_gradients
 from train.build import Run
-from train.optimizer import set_lr
+from train.optimizer import clipped_step, set_lr
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,8 @@ def train_step(run: Run, batches: Sequence[Batch]) -> StepResult:
     progress.advance(cfg.batch.global_tokens, skipped=skipped)
     lr = run.stage.lr_at(progress.tokens, run.total_tokens)
     if not skipped:
-        if grad_norm > cfg.optimizer.max_grad_norm:
-            scale_gradients(run.shards, cfg.optimizer.max_grad_norm / grad_norm)
         set_lr(run.optimizer, lr)
-        run.optimizer.step()
-        publish(run.shards)
+        clipped_step(run.optimizer, run.shards, clip_factor(sums[1], cfg.optimizer.max_grad_norm))
         for router in run.routers:
             router.end_step()
     drop_gradients(run.shards)

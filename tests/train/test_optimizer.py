@@ -7,8 +7,18 @@ import pytest
 import torch
 from torch import nn
 
+from parallel.grad import clip_factor, square_sum
 from parallel.placement import Shard
-from train.optimizer import OptimizerConfig, _why_not_apex, build_optimizer, moments, set_lr, set_step
+from train.optimizer import (
+    FusedAdamW,
+    OptimizerConfig,
+    _why_not_apex,
+    build_optimizer,
+    clipped_step,
+    moments,
+    set_lr,
+    set_step,
+)
 
 
 def make_shards() -> list[Shard]:
@@ -41,6 +51,36 @@ def test_step_is_adamw_and_norms_do_not_decay(caplog: pytest.LogCaptureFixture) 
     for shard, value in zip(shards, expected, strict=True):
         torch.testing.assert_close(shard.master, value)
     torch.testing.assert_close(moments(optimizer, shards)["exp_avg.matrix"], first[0])
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1000.0])
+def test_fused_step_clips_and_publishes_as_separate_passes_do(max_norm: float) -> None:
+    """The GPU's optimizer, here through its twin, against torch's; one parameter has a bf16 copy."""
+    cfg = OptimizerConfig(lr=1e-2, eps=1e-3, weight_decay=0.5)
+    shards, plain = make_shards(), make_shards()
+    for mine in (shards, plain):
+        mine[0].parameter.data = mine[0].master.bfloat16()
+    expected = build_optimizer(plain, cfg)
+    groups = [
+        {"params": [s.master], "weight_decay": decay} for s, decay in zip(shards, (0.5, 0.0), strict=True)
+    ]
+    fused = FusedAdamW(groups, shards, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
+    for key, tensor in moments(expected, plain).items():
+        kind, _, name = key.partition(".")
+        (shard,) = (s for s in shards if s.name == name)
+        fused.state[shard.master][kind] = tensor.clone()
+    set_step(fused, shards, 7), set_step(expected, plain, 7)
+    for step in range(3):
+        for mine, theirs in zip(shards, plain, strict=True):
+            mine.master.grad = torch.full_like(mine.master, 0.3 + step)
+            theirs.master.grad = mine.master.grad.clone()
+        for optimizer, which in ((fused, shards), (expected, plain)):
+            clipped_step(optimizer, which, clip_factor(square_sum(which), max_norm))
+    for mine, theirs in zip(shards, plain, strict=True):
+        torch.testing.assert_close(mine.master, theirs.master)
+        torch.testing.assert_close(mine.parameter, theirs.parameter)
+    torch.testing.assert_close(moments(fused, shards), moments(expected, plain))
+    assert shards[0].parameter.dtype == torch.bfloat16
 
 
 def test_restored_moments_and_step_continue_bitwise() -> None:
