@@ -23,7 +23,7 @@ TILE = 128
 FEW_CHUNKS = 4
 """Up to so many products are added up in the weight's dtype: at most 1.6 x the error of one rounding."""
 
-Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Merge = Callable[[Tensor], Tensor]
 
 
 class Config(NamedTuple):
@@ -45,8 +45,8 @@ def choose_config(vocab: int) -> Config:
 class Passes(NamedTuple):
     """What happens to a chunk's logits, [rows, vocab]; targets are [rows], counted from `first` on."""
 
-    summarize: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-    """Log-sum-exp and target logit (0 where it lies elsewhere), [rows] each."""
+    summarize: Callable[[Tensor, Tensor, int], Tensor]
+    """[3, rows]: maximum, sum of exp(logit - maximum), target logit (0 where it lies elsewhere)."""
     differentiate: Callable[[Tensor, Tensor, Tensor, int], Tensor]
     """Softmax - one-hot in the logits' dtype, 0 where there is no target; the logits may be overwritten."""
 
@@ -61,8 +61,8 @@ def linear_cross_entropy(
     Args:
         hidden: [..., hidden]. weight: [vocab, hidden]. targets: [...] int64.
         first: vocabulary entry of weight's first row, if `weight` is a part of the vocabulary.
-        merge: makes (log-sum-exp, target logit or 0) of the part, [rows] each, those of the whole; called
-            once a chunk.
+        merge: makes [3, rows] of the part that of the whole: maximum, sum of exp(logit - maximum), target
+            logit or 0; called once a chunk.
 
     Returns:
         [...] losses, fp32; not a view, so that FSDP2 can hook it. With a part of the vocabulary, the
@@ -85,16 +85,16 @@ def linear_cross_entropy_triton(
     """`linear_cross_entropy` by the Triton kernels."""
     columns, num_warps = choose_config(weight.shape[0]) if config is None else config
 
-    def summarize(logits: Tensor, targets: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        found = torch.empty(2, len(logits), dtype=torch.float32, device=logits.device)
+    def summarize(logits: Tensor, targets: Tensor, first: int) -> Tensor:
+        summary = torch.empty(3, len(logits), dtype=torch.float32, device=logits.device)
         _summarize_kernel[(len(logits),)](
-            logits, targets, found[0], found[1], first, logits.shape[1], columns, num_warps=num_warps
+            logits, targets, summary, first, *logits.shape, columns, num_warps=num_warps
         )
-        return found[0], found[1]
+        return summary
 
-    def differentiate(logits: Tensor, logsumexp: Tensor, targets: Tensor, first: int) -> Tensor:
+    def differentiate(logits: Tensor, summary: Tensor, targets: Tensor, first: int) -> Tensor:
         _differentiate_kernel[(len(logits),)](
-            logits, logsumexp, targets, first, logits.shape[1], columns, num_warps=num_warps
+            logits, summary, targets, first, *logits.shape, columns, num_warps=num_warps
         )
         return logits
 
@@ -144,12 +144,13 @@ def _compute(
         part = slice(start, start + rows)
         h, t = hidden[part], targets[part]
         x = torch.mm(h, weight.T, out=logits[: len(h)])
-        logsumexp, picked = passes.summarize(x, t, first)
+        summary = passes.summarize(x, t, first)
         if merge is not None:
-            logsumexp, picked = merge(logsumexp, picked)
-        losses[part] = torch.where(t >= 0, logsumexp - picked, 0)
+            summary = merge(summary)
+        peak, total, picked = summary
+        losses[part] = torch.where(t >= 0, total.log() + (peak - picked), 0)
         if grad_hidden is not None and grad_weight is not None:
-            p = passes.differentiate(x, logsumexp, t, first)
+            p = passes.differentiate(x, summary, t, first)
             torch.mm(p, weight, out=grad_hidden[part])
             _add_product(grad_weight, p.T, h, is_first=not start)
     losses = losses.view(shape[:-1])
@@ -229,22 +230,25 @@ def _local_targets(targets: Tensor, first: int, size: int) -> tuple[Tensor, Tens
     return torch.where(is_here, local, 0), is_here
 
 
-def _summarize(logits: Tensor, targets: Tensor, first: int) -> tuple[Tensor, Tensor]:
+def _summarize(logits: Tensor, targets: Tensor, first: int) -> Tensor:
     local, is_here = _local_targets(targets, first, logits.shape[1])
     wide = widen(logits)
-    return wide.logsumexp(-1), wide.gather(1, local[:, None])[:, 0] * is_here
+    peak = wide.amax(-1)
+    total = (wide - peak[:, None]).exp_().sum(-1)
+    return torch.stack([peak, total, wide.gather(1, local[:, None])[:, 0] * is_here])
 
 
-def _differentiate(logits: Tensor, logsumexp: Tensor, targets: Tensor, first: int) -> Tensor:
+def _differentiate(logits: Tensor, summary: Tensor, targets: Tensor, first: int) -> Tensor:
     local, is_here = _local_targets(targets, first, logits.shape[1])
-    p = (widen(logits) - logsumexp[:, None]).exp_()
+    peak, total, _ = summary[..., None]
+    p = (widen(logits) - peak).exp_().div_(total)
     p.scatter_add_(1, local[:, None], -is_here.to(p.dtype)[:, None])
     return p.mul_((targets >= 0)[:, None]).to(logits.dtype)
 
 
 @triton.jit
-def _summarize_kernel(logits, targets, logsumexp, picked, first, vocab, BLOCK: tl.constexpr):
-    """One row: running maximum and sum of exponentials; logits [rows, vocab], the others [rows]."""
+def _summarize_kernel(logits, targets, summary, first, rows, vocab, BLOCK: tl.constexpr):
+    """One row: running maximum and sum of exponentials; logits [rows, vocab], summary [3, rows]."""
     row = tl.program_id(0)
     x_row = logits + row.to(tl.int64) * vocab
     columns = tl.arange(0, BLOCK)
@@ -257,20 +261,22 @@ def _summarize_kernel(logits, targets, logsumexp, picked, first, vocab, BLOCK: t
         peak = higher
     local = tl.load(targets + row) - first
     is_here = (local >= 0) & (local < vocab)
-    tl.store(logsumexp + row, peak + tl.log(total))
-    tl.store(picked + row, tl.load(x_row + local, mask=is_here, other=0.0).to(tl.float32))
+    tl.store(summary + row, peak)
+    tl.store(summary + rows + row, total)
+    tl.store(summary + 2 * rows + row, tl.load(x_row + local, mask=is_here, other=0.0).to(tl.float32))
 
 
 @triton.jit
-def _differentiate_kernel(logits, logsumexp, targets, first, vocab, BLOCK: tl.constexpr):
+def _differentiate_kernel(logits, summary, targets, first, rows, vocab, BLOCK: tl.constexpr):
     """One row of logits becomes softmax - one-hot in place, or zeros where there is no target."""
     row = tl.program_id(0)
     x_row = logits + row.to(tl.int64) * vocab
     columns = tl.arange(0, BLOCK)
     target = tl.load(targets + row)
-    shift = tl.load(logsumexp + row)
+    peak = tl.load(summary + row)
+    scale = 1 / tl.load(summary + rows + row)
     for start in range(0, vocab, BLOCK):
         inside = start + columns < vocab
         x = tl.load(x_row + start + columns, mask=inside, other=0.0).to(tl.float32)
-        p = tl.exp(x - shift) - tl.where(start + columns == target - first, 1.0, 0.0)
+        p = tl.exp(x - peak) * scale - tl.where(start + columns == target - first, 1.0, 0.0)
         tl.store(x_row + start + columns, tl.where(target >= 0, p, 0.0), mask=inside)

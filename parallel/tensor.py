@@ -130,7 +130,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class VocabParallelHead(nn.Module):
-    """Rows of the head on several ranks; losses merge two floats a token, full logits never exist."""
+    """Rows of the head on several ranks; losses merge three floats a token, full logits never exist."""
 
     def __init__(self, weight: nn.Parameter, tp: Axis) -> None:
         super().__init__()
@@ -144,7 +144,8 @@ class VocabParallelHead(nn.Module):
         first = self.tp.rank * self.weight.shape[0]
         return linear_cross_entropy(x, self.weight, targets, first=first, merge=self._merge)
 
-    def _merge(self, logsumexp: Tensor, picked: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the whole vocabulary, from this rank's part of it; [tokens] each."""
-        parts = all_gather(torch.stack([logsumexp, picked])[None], self.tp)
-        return parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
+    def _merge(self, summary: Tensor) -> Tensor:
+        """[3, rows] of the whole vocabulary, from this rank's part of it."""
+        peaks, totals, picked = all_gather(summary[None], self.tp).unbind(1)
+        peak = peaks.amax(0)
+        return torch.stack([peak, (totals * (peaks - peak).exp()).sum(0), picked.sum(0)])

@@ -12,7 +12,7 @@ from kernels.reference import linear_cross_entropy as whole_linear_cross_entropy
 from kernels.reference import widen
 from tests.kernels.harness import DEVICE, DTYPES, check_against_twin, random_tensor
 
-SIZES = [(1, 16, 33), (100, 24, 63), (63, 16, 1500)]
+SIZES = [(1, 16, 33), (63, 24, 100), (20, 8, 1500)]
 """(tokens, hidden, vocab)."""
 
 
@@ -41,11 +41,11 @@ def limit_chunks(monkeypatch: pytest.MonkeyPatch, rows: int, vocab: int, dtype: 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "hidden", "vocab"), SIZES)
-@pytest.mark.parametrize("rows", [1000, 26, 7])
+@pytest.mark.parametrize("rows", [100, 17, 1])
 def test_kernels(
     rows: int, tokens: int, hidden: int, vocab: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One chunk; few, whose products add up in the weight's dtype; many, which add up in fp32."""
+    """One chunk or few, whose products add up in the weight's dtype; many, which add up in fp32."""
     limit_chunks(monkeypatch, rows, vocab, dtype)
     ops = (partial(summed, op) for op in (linear_cross_entropy_triton, whole_linear_cross_entropy))
     check_against_twin(*ops, inputs(tokens, hidden, vocab), dtype=dtype)
@@ -56,7 +56,7 @@ def test_kernels(
 def test_every_config(config: Config, dtype: torch.dtype) -> None:
     vocab = 2 * config.columns + 5
     kernel = partial(summed, partial(linear_cross_entropy_triton, config=config))
-    check_against_twin(kernel, partial(summed, whole_linear_cross_entropy), inputs(5, 16, vocab), dtype=dtype)
+    check_against_twin(kernel, partial(summed, whole_linear_cross_entropy), inputs(3, 8, vocab), dtype=dtype)
 
 
 @pytest.mark.parametrize("op", [linear_cross_entropy, linear_cross_entropy_triton])
@@ -89,17 +89,19 @@ def test_parts_of_the_vocabulary_make_the_whole(parts: int, op: object) -> None:
     targets[:4] = torch.tensor([size - 1, size, 2 * size - 1, 59])  # the edges of the parts
     expected = whole_linear_cross_entropy(hidden, weight, targets)
     logits = widen(hidden @ weight.T).detach().unflatten(1, (parts, size))
-    lse = logits.logsumexp(-1)
+    peaks = logits.amax(-1)
+    totals = (logits - peaks[..., None]).exp().sum(-1)
+    peak = peaks.amax(-1)
     picked = logits.flatten(1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
     seen = []
 
-    def merge(logsumexp: Tensor, mine: Tensor) -> tuple[Tensor, Tensor]:
+    def merge(summary: Tensor) -> Tensor:
         part = len(seen)
-        torch.testing.assert_close(logsumexp, lse[:, part])
         here = (targets >= 0) & (targets // size == part)
-        torch.testing.assert_close(mine, torch.where(here, picked, 0))
+        mine = torch.stack([peaks[:, part], totals[:, part], torch.where(here, picked, 0)])
+        torch.testing.assert_close(summary, mine)
         seen.append(part)
-        return lse.logsumexp(-1), picked
+        return torch.stack([peak, (totals * (peaks - peak[:, None]).exp()).sum(-1), picked])
 
     total = torch.zeros_like(hidden)
     weight_gradients = []
