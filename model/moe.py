@@ -41,7 +41,7 @@ class LocalDispatcher:
             kept = torch.where(replicas >= 0, experts, self.num_experts)
             sorting = sort_choices(kept.flatten(), self.num_experts)
             sorting = sorting.keep(int(sorting.ends[-1]))
-        y = compute(permute(x, sorting), permute(weights.reshape(-1, 1), sorting)[:, 0], sorting.ends)
+        y = compute(permute(x, sorting), permute(weights.reshape(-1, 1), sorting).flatten(), sorting.ends)
         return unpermute(y, sorting, len(x))
 
 

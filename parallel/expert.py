@@ -155,7 +155,7 @@ class AllToAllDispatcher:
         experts = experts.repeat_interleave(trip.arriving.flatten(), output_size=sum(trip.gathered))
         by_expert = sort_choices(experts, self.num_local_experts)
         rows = tuple(permute(part, by_expert) for part in rows)
-        y = unpermute(compute(rows[0], rows[1][:, 0], by_expert.ends), by_expert, sum(trip.gathered))
+        y = unpermute(compute(rows[0], rows[1].flatten(), by_expert.ends), by_expert, sum(trip.gathered))
 
         exchange, etp = self.back
         (y,) = yield from _exchange((y,), etp, trip.gathered, mine)
