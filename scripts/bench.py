@@ -12,7 +12,18 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import triton
 
+from scripts.bench_cases import all_cases
+from scripts.bench_kernels import COLUMNS as KERNEL_COLUMNS
+from scripts.bench_kernels import (
+    check_peers,
+    choose_cases,
+    format_cells,
+    measure_case,
+    measure_ceilings,
+    median_ms,
+)
 from scripts.bench_moe import COLUMNS, PoolSettings, Row, count_drops
 from scripts.bench_moe_time import TIME_COLUMNS, LayerSettings, cuda_ms, time_layer
 
@@ -92,6 +103,35 @@ def print_times(settings: LayerSettings, skews: Sequence[float]) -> dict[str, An
     return {"device": name, "torch": torch.__version__, "times": [time._asdict() for time in times]}
 
 
+def print_kernels(only: Sequence[str] | None, *, with_peers: bool) -> dict[str, Any]:
+    """Time each case and print its lines at once; returns their numbers."""
+    if not torch.cuda.is_available():
+        raise ValueError("kernels needs a CUDA device and finds none: times of a CPU would prove nothing")
+    device = torch.device("cuda")
+    cases = choose_cases(all_cases(device), only)
+    if with_peers:
+        check_peers()
+    name, ceilings, lines = torch.cuda.get_device_name(device), measure_ceilings(device), []
+    print(
+        f"{name}, torch {torch.__version__}, triton {triton.__version__}\n"
+        f"floors: 8192^3 bf16 product {ceilings.tflops:.0f} TFLOP/s, copy {ceilings.tb_per_s:.2f} TB/s\n"
+        f"{format_cells(list(KERNEL_COLUMNS))}"
+    )
+    for case in cases:
+        for line in measure_case(case, ceilings, median_ms, with_peers=with_peers):
+            print("\n    ".join([format_cells(line.cells()), *line.errors]), flush=True)
+            lines.append(line)
+        torch.cuda.empty_cache()
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "ceilings": ceilings._asdict(),
+        "failed": any(line.errors for line in lines),
+        "lines": [line._asdict() for line in lines],
+    }
+
+
 def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
@@ -101,7 +141,11 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    moe = parser.add_subparsers(dest="part", required=True, metavar="PART").add_parser(
+    parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
+    kernels = parts.add_parser("kernels", help="kernels against their floors and against other packages'")
+    kernels.add_argument("--only", type=lambda text: text.split(","), help="groups, with commas between them")
+    kernels.add_argument("--peers", action="store_true", help="also time fla-core, liger-kernel and torch")
+    moe = parts.add_parser(
         "moe",
         help="the router's scope: drops, level and traffic of local and global on skewed loads",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -115,12 +159,13 @@ def _parser() -> argparse.ArgumentParser:
     moe.add_argument("--tokens", type=int, default=8192, help="of an EP group and micro-batch")
     moe.add_argument("--draws", type=int, default=16, help="random micro-batches a line")
     moe.add_argument("--hidden", type=int, default=6144, help="width of a moved row")
-    moe.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers and the settings")
     moe.add_argument("--time", action="store_true", help="time one rank's layer on a GPU instead")
     moe.add_argument("--layer-tokens", type=int, default=16384, help="of the timed layer")
     moe.add_argument("--layer-hidden", type=int, default=2048, help="of the timed layer")
     moe.add_argument("--layer-ffn", type=int, default=1408, help="of the timed layer")
     moe.add_argument("--repeats", type=int, default=20, help="timed runs, of which the median counts")
+    for part in (kernels, moe):
+        part.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers and the settings")
     return parser
 
 
@@ -152,18 +197,19 @@ def _moe(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one part; exit code 2 if its arguments do not fit."""
+    """Run one part; exit code 2 if its arguments do not fit, 1 if something failed that could be told."""
     args = _parser().parse_args(argv)
     try:
         if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
             raise ValueError(f"--json={args.json} must name a file in a folder that exists")
-        numbers = _moe(args)
+        is_moe = args.part == "moe"
+        numbers = _moe(args) if is_moe else print_kernels(args.only, with_peers=args.peers)
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     if args.json:
         args.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return 1 if numbers.get("failed") else 0
 
 
 if __name__ == "__main__":
