@@ -61,6 +61,8 @@ def materialise(cfg: DataConfig, number: int, progress: Callable[[int], None]) -
         else:
             with _appearing(folder) as partial:
                 _write(partial / "tokens", source, inputs, cfg.tokenizer, f"{key} {source.dataset}", progress)
+                if isinstance(inputs[0], Path) and _describe(inputs) != identity:
+                    raise ValueError(f"{key} {source.dataset}: changed while it was read; start again")
     except OSError as error:
         raise ValueError(f"{key} {source.dataset}: {error}; check the files and data.cache_dir") from error
     log.info("%s %s: tokens in %s", key, source.dataset, folder)
@@ -71,8 +73,7 @@ def _open_text(source: SourceConfig, what: str, key: str) -> tuple[Sequence[Any]
     """Return the inputs of read_documents and what their content depends on; nothing is read yet."""
     files = find_files(what.split(), key=key)
     if files:
-        stats = [(str(path.resolve()), path.stat()) for path in files]
-        return files, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        return files, _describe(files)
     import datasets
 
     datasets.logging.set_verbosity_error()
@@ -89,6 +90,11 @@ def _open_text(source: SourceConfig, what: str, key: str) -> tuple[Sequence[Any]
 
     version = os.path.relpath(builder.cache_dir, datasets.config.HF_DATASETS_CACHE)  # with commit or hash
     return [(what, stream())], [what, version, source.split]
+
+
+def _describe(files: Sequence[Path]) -> list[Any]:
+    stats = [(str(path.resolve()), path.stat()) for path in files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def _fingerprint(source: SourceConfig, identity: list[Any], tokenizer: str) -> str:

@@ -133,6 +133,16 @@ def test_killed_while_writing_nothing_is_half_there(make_config: MakeConfig, tmp
     assert decoded(prefix) == TEXTS and [*(tmp_path / "cache").iterdir()] == [Path(prefix).parent]
 
 
+def test_text_that_changes_meanwhile_is_not_kept(make_config: MakeConfig, tmp_path: Path) -> None:
+    def append(documents: int) -> None:
+        with (tmp_path / "a.jsonl").open("a") as file:
+            file.write('{"text": "more"}\n')
+
+    with pytest.raises(ValueError, match=r"\[0\]\.dataset .*: changed while it was read; start again"):
+        materialise(make_config(), 0, append)
+    assert not [*(tmp_path / "cache").iterdir()]
+
+
 def test_of_two_runs_at_once_the_faster_one_wins(make_config: MakeConfig, tmp_path: Path) -> None:
     cfg, faster = make_config(), []
 
