@@ -363,6 +363,10 @@ def _scan(
 
     first = segment * segment_chunks
     count = tl.minimum(segment_chunks, tl.cdiv(tokens, C) - first)
+    if not HAS_OUT:  # a state forgets: what has decayed by 2^-32 is far below its last bit
+        reach = tl.minimum(count, tl.minimum(32 / slope, 1e9).to(tl.int32) // C + 2)
+        first += 0 if REVERSE else count - reach
+        count = reach
     t0 = (first + count - 1 if REVERSE else first) * C
     step = -C if REVERSE else C
     positions += row.to(tl.int64) * tokens
@@ -426,13 +430,17 @@ def _prefix_kernel(
     state = tl.zeros((BLOCK,), dtype=tl.float32)
     if HAS_INITIAL:
         state += tl.load(initial + owner * SQUARE + place, mask=here, other=0.0)
+    segment = segments - 1 if REVERSE else 0
+    own = tl.load(states + segment * SQUARE + place, mask=here, other=0.0)
     for n in range(segments):
         segment = segments - 1 - n if REVERSE else n
         t0 = segment * segment_tokens
         end = tl.minimum(t0 + segment_tokens, tokens) - 1
         last_start = end - tl.load(positions + row * tokens + end)
         through = tl.where(last_start < tl.maximum(t0, 1), tl.exp2(-slope * (end + 1 - t0)), 0.0)
-        own = tl.load(states + segment * SQUARE + place, mask=here, other=0.0)
+        coming = tl.maximum(segment - 1, 0) if REVERSE else tl.minimum(segment + 1, segments - 1)
+        following = tl.load(states + coming * SQUARE + place, mask=here, other=0.0)
         tl.store(states + segment * SQUARE + place, state, mask=here)
         state = own + through * state
+        own = following
     tl.store(final + owner * SQUARE + place, state, mask=here)

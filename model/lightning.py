@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kernels.documents import Documents
 from kernels.lightning_attention import lightning_attention
+from kernels.packed_heads import split_heads
 from model.config import ModelConfig, SlopeRule
 from model.layers import GatedRMSNorm, linear
 
@@ -76,6 +77,6 @@ class LightningAttention(nn.Module):
 
     def forward(self, x: Tensor, documents: Documents, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """[rows, tokens, hidden] -> [rows, tokens, hidden]; `rotary` is the other mixer's."""
-        q, k, v = F.silu(self.qkv(x)).unflatten(-1, (-1, 3 * self.head_dim)).chunk(3, dim=-1)
+        q, k, v = split_heads(F.silu(self.qkv(x)), self.head_dim)
         o, gate = self.core(q, k, v, documents, filler=lambda: self.gate(x))
         return self.out(self.norm(o.flatten(-2), gate))
