@@ -116,7 +116,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         read = (x.dtype for x in tensors)
         launch = choose_backward(size, *read) if ctx.config is None else ctx.config.backward
         bt, bk = launch.tile(size)
-        programs = persistent_programs(triton.cdiv(count, bt), launch, o.device)
+        programs = persistent_programs(triton.cdiv(count, bt), o.device)
         partials = torch.empty(programs, size, dtype=torch.float32, device=o.device)
         if count:
             _backward[(programs,)](
@@ -164,13 +164,12 @@ def _dots(
     rows = tl.program_id(0) * BT + tl.arange(0, BT).to(tl.int64)
     cols = tl.arange(0, BK)
     mask = (rows < T)[:, None] & (cols < K)[None, :]
-    dnormed = load_tile(p_dy, s_dy, rows, cols, mask) * tl.sigmoid(
-        load_tile(p_gate, s_gate, rows, cols, mask)
-    )
-    dnormed *= tl.load(p_weight + cols, mask=cols < K, other=0.0).to(tl.float32)
-    dots = tl.sum(dnormed * load_tile(p_o, s_o, rows, cols, mask), 1)
+    dy = load_tile(p_dy, s_dy, rows, cols, mask)
+    o = load_tile(p_o, s_o, rows, cols, mask)
+    gate = load_tile(p_gate, s_gate, rows, cols, mask)
+    weight = tl.load(p_weight + cols, mask=cols < K, other=0.0).to(tl.float32)
     rstd = tl.load(p_rstd + rows, mask=rows < T, other=0.0)
-    tl.store(p_sum + rows, dots * rstd, mask=rows < T)
+    tl.store(p_sum + rows, tl.sum(dy * tl.sigmoid(gate) * weight * o, 1) * rstd, mask=rows < T)
 
 
 @triton.jit

@@ -150,7 +150,7 @@ class _RMSNorm(torch.autograd.Function):
         launch = choose_backward(x.shape[-1], *read) if ctx.config is None else ctx.config.backward
         bt, bk = launch.tile(x.shape[-1])
         tiles = triton.cdiv(rows.shape[0], bt)
-        programs = persistent_programs(tiles, launch, x.device)
+        programs = persistent_programs(tiles, x.device)
         partials = torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device)
         if tiles:
             _backward[(programs,)](

@@ -21,8 +21,6 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int = 1
     """Tiles on their way into a persistent program; 1 = only the one that it works on."""
-    per_sm: int = 1
-    """Persistent programs a multiprocessor."""
 
     def tile(self, size: int) -> tuple[int, int]:
         """(BT, BK) of rows of `size` entries."""
@@ -37,23 +35,22 @@ class Config(NamedTuple):
     backward: Launch
 
 
-FORWARD = [Launch(2048, 4), Launch(8192, 8), Launch(8192, 16)]
-BACKWARD = [Launch(4096, 4, num_stages=3, per_sm=2), Launch(8192, 8, num_stages=3), Launch(8192, 16)]
+FORWARD = [Launch(8192, 8), Launch(8192, 16)]
+BACKWARD = [Launch(8192, 8, num_stages=3), Launch(8192, 16)]
 SHARED_BYTES = 200_000
 """What the tiles on their way may take of a multiprocessor's shared memory."""
 
 
 def choose_forward(size: int) -> Launch:
     """For rows of `size` entries."""
-    return FORWARD[0] if size <= 2048 else FORWARD[1] if size <= 8192 else FORWARD[2]
+    return FORWARD[0] if size <= FORWARD[0].elements else FORWARD[1]
 
 
 def choose_backward(size: int, *dtypes: torch.dtype) -> Launch:
     """For rows of `size` entries; dtypes: of the tensors that are read by tiles."""
-    launch = BACKWARD[0] if size <= 2048 else BACKWARD[1]
-    bt, bk = launch.tile(size)
-    held = bt * bk * sum(dtype.itemsize for dtype in dtypes) * launch.num_stages * launch.per_sm
-    return launch if held <= SHARED_BYTES else BACKWARD[2]
+    bt, bk = BACKWARD[0].tile(size)
+    held = bt * bk * sum(dtype.itemsize for dtype in dtypes) * BACKWARD[0].num_stages
+    return BACKWARD[0] if held <= SHARED_BYTES else BACKWARD[1]
 
 
 def has_kernel(x: Tensor) -> bool:
@@ -67,11 +64,10 @@ def as_rows(x: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
-def persistent_programs(tiles: int, launch: Launch, device: torch.device) -> int:
-    """How many programs share the tiles; a property of the device, so that sums repeat."""
+def persistent_programs(tiles: int, device: torch.device) -> int:
+    """How many programs share the tiles: one a multiprocessor, always the same, so that sums repeat."""
     is_gpu = device.type == "cuda"
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 3
-    return min(tiles, multiprocessors * launch.per_sm)
+    return min(tiles, torch.cuda.get_device_properties(device).multi_processor_count if is_gpu else 3)
 
 
 def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:

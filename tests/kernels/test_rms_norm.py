@@ -96,7 +96,7 @@ def test_x_and_weight_of_two_dtypes(dtypes: tuple[torch.dtype, torch.dtype]) -> 
 
 
 def test_strided_rows() -> None:
-    """A part of wider rows, columns of a transposed tensor, and gradients without memory of their own."""
+    """Parts of wider rows, columns of a transposed tensor, one row several times; gradients in wider rows."""
     wide = random_tensor(6, 4, 50, seed=11, dtype=torch.float32)
     weight = random_tensor(20, seed=12, dtype=torch.float32).requires_grad_()
     for x in (
@@ -105,9 +105,24 @@ def test_strided_rows() -> None:
         wide[:, :1, 7:27].expand(6, 4, 20),
     ):
         leaf = x.detach().requires_grad_()
-        mine = torch.autograd.grad(rms_norm_triton(leaf, weight, 1e-5).sum(), (leaf, weight))
-        theirs = torch.autograd.grad(plain_rms_norm(leaf, weight, 1e-5).sum(), (leaf, weight))
-        torch.testing.assert_close(mine, theirs)
+        for upstream in (wide[..., 3:23], wide[:1, :1, :1].expand(6, 4, 20)):
+            mine = torch.autograd.grad(rms_norm_triton(leaf, weight, 1e-5), (leaf, weight), upstream)
+            theirs = torch.autograd.grad(plain_rms_norm(leaf, weight, 1e-5), (leaf, weight), upstream)
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_strided_residual() -> None:
+    """The residual and the gradients of both uses of h are parts of wider rows."""
+    wide = random_tensor(6, 4, 50, seed=11, dtype=torch.float32)
+    x = random_tensor(6, 4, 20, seed=12, dtype=torch.float32).requires_grad_()
+    weight = random_tensor(20, seed=13, dtype=torch.float32).requires_grad_()
+    residual = wide[..., 7:27].detach().requires_grad_()
+    leaves, upstream = (x, residual, weight), (wide[..., 1:21], wide[..., 9:29])
+    h, carried = carry_rms_norm_triton(x, weight, 1e-5, 2.5, Carried(residual, 1.0))
+    mine = torch.autograd.grad((h, carried.tensor), leaves, upstream)
+    plain = plain_rms_norm(residual + x, weight, 1e-5)
+    theirs = torch.autograd.grad((plain, 2.5 * plain), leaves, upstream)
+    torch.testing.assert_close((h, *mine), (plain, *theirs))
 
 
 def test_normed_values_are_rounded_before_the_weight() -> None:
