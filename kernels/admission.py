@@ -12,7 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.counting import CONFIGS, count_blocks, count_earlier, load_counts, load_keys, scan_blocks
+from kernels.counting import (
+    CONFIGS,
+    SCAN_BLOCKS,
+    count_blocks,
+    count_earlier,
+    load_counts,
+    load_keys,
+    scan_blocks,
+)
+
+CELL_BLOCK = 64
+"""Cells compared with as many others at a time."""
 
 
 class Sharing(NamedTuple):
@@ -99,7 +110,7 @@ def count_cells(experts: Tensor, cells: Tensor, keys: Tensor, num_experts: int) 
     _cells_kernel[grid](
         experts.contiguous(), cells, keys, blocks, table, base, starts,
         experts.numel(), len(blocks), num_cells, num_experts,
-        K=experts.shape[1], BN=config.choices, BB=256, BX=16, num_warps=4,
+        K=experts.shape[1], BN=config.choices, BB=SCAN_BLOCKS, BX=16, num_warps=4,
     )  # fmt: skip
     return Counted(table, base, starts)
 
@@ -118,7 +129,7 @@ def admit_choices(tables: Tensor, starts: Tensor, sharing: Sharing) -> Admitted:
         tables, starts, limits, shifts, ends, totals, len(tables), num_cells, num_experts,
         sharing.first, sharing.rank, sharing.num_groups, sharing.group_size,
         sharing.numerator, sharing.denominator * num_experts,
-        BC=64, BX=16, BG=triton.next_power_of_2(sharing.num_groups), num_warps=4,
+        BC=CELL_BLOCK, BX=16, BG=triton.next_power_of_2(sharing.num_groups), num_warps=4,
     )  # fmt: skip
     return Admitted(limits, shifts, ends, *totals)
 

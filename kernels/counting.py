@@ -24,6 +24,8 @@ class Config(NamedTuple):
     num_warps: int
 
 
+SCAN_BLOCKS = 256
+"""Blocks of choices that a running sum takes at a time."""
 CONFIGS = [Config(128, 32, 4), Config(256, 32, 4), Config(256, 32, 8)]
 
 
@@ -51,7 +53,7 @@ def count_sort(keys: Tensor, num_keys: int, config: Config = CONFIGS[0]) -> tupl
     keys = keys.contiguous()
     blocks = count_blocks(keys, num_keys, config)
     base, ends = torch.empty_like(blocks), blocks.new_empty(num_keys)
-    scan = {"BB": 256, "BX": 16, "num_warps": 4}
+    scan = {"BB": SCAN_BLOCKS, "BX": 16, "num_warps": 4}
     _start_kernel[(triton.cdiv(num_keys + 1, 16),)](blocks, base, ends, len(blocks), num_keys, **scan)
     order, inverse = torch.empty_like(keys), torch.empty_like(keys)
     _place_kernel[(len(blocks),)](

@@ -50,6 +50,7 @@ LAYOUTS = {
     "context parallel": Layout(1, 3, 2, 36, 3, 1),
     "more ranks than share": Layout(2, 3, 1, 24, 1, 3),
     "groups of two sets": Layout(4, 2, 1, 16, 2, 2),
+    "five groups": Layout(5, 1, 1, 24, 5, 1),
 }
 
 
@@ -82,10 +83,11 @@ def lined_up_by_kernel(places: Places, offsets: Tensor, start: int) -> tuple[Ten
 
 
 def draw_experts(tokens: int, experts: int, top_k: int, *, seed: int, skew: float) -> Tensor:
-    """[tokens, top_k] different experts, the first ones more popular; the last eighth is padding."""
+    """[tokens, top_k] different experts, those from `seed` on more popular; the last eighth is padding."""
     generator = torch.Generator().manual_seed(seed)
     noise = -torch.log(-torch.log(torch.rand(tokens, experts, generator=generator, dtype=torch.float64)))
     found = (noise - skew * torch.log(torch.arange(1.0, experts + 1))).topk(top_k).indices
+    found = (found + seed) % experts
     found[tokens - tokens // 8 :] = experts
     return found
 
@@ -112,9 +114,23 @@ def test_lines_up_as_the_plain_form(name: str, seed: int) -> None:
         ("one rank", 1, 1, 0.7),
         ("one rank", 33, 8, 1.25),
         ("groups of two sets", 8, 1, 0.4),
+        ("five groups", 6, 1, 1.0),
     ],
 )
 def test_decides_as_the_plain_form(name: str, experts: int, top_k: int, factor: float) -> None:
+    compare_decisions(name, experts, top_k, factor)
+
+
+def test_decides_in_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More blocks and cells than a program takes at a time."""
+    monkeypatch.setattr("kernels.admission.SCAN_BLOCKS", 2)
+    monkeypatch.setattr("kernels.admission.CELL_BLOCK", 4)
+    compare_decisions("one rank", 5, 4, 1.0)
+    compare_decisions("five groups", 5, 2, 1.0)
+    compare_decisions("context parallel", 5, 2, 1.0)
+
+
+def compare_decisions(name: str, experts: int, top_k: int, factor: float) -> None:
     """Replicas of all choices, and all counts, on every rank."""
     layout, rng = LAYOUTS[name], random.Random(experts)
     ranks, wants = layout.dp * layout.cp, []

@@ -43,3 +43,10 @@ def test_counts_of_blocks(choices: int, num_keys: int, config: Config) -> None:
     assert torch.equal(blocks.long(), expected)
     assert torch.equal(blocks.sum(0)[:num_keys], count_keys(keys, num_keys))
     assert torch.equal(count_keys(keys, num_keys), sort_choices(keys, num_keys).counts)
+
+
+def test_running_sums_over_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.counting.SCAN_BLOCKS", 2)
+    keys = draw_keys(1000, 33, "random")
+    for mine, theirs in zip(count_sort(keys, 33), sort_choices(keys.cpu(), 33), strict=True):
+        assert torch.equal(mine.cpu(), theirs)
