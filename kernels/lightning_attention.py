@@ -351,6 +351,8 @@ def _scan(
     i = tl.arange(0, C)
     d = tl.arange(0, Y)
     e = block * Z + tl.arange(0, Z)
+    # Of a whole chunk: an error here would grow with every chunk that a state passes through.
+    whole = tl.exp2(tl.load(slopes + head).to(tl.float64) * (-1.4426950408889634 * C)).to(tl.float32)
     # exp(-s |i - j|) as a product of two vectors, which over 64 tokens are far from overflow.
     falling, rising = tl.exp2(-slope * (i - C // 2)), tl.exp2(slope * (i - C // 2))
     segment = tl.program_id(1)
@@ -383,7 +385,8 @@ def _scan(
         before = 1 if t0 == 0 else 0  # what enters a row belongs to its first document, wherever that began
         is_head = start < before
         is_tail = (i >= last_start) & (i < length)
-        through = tl.where(last_start < before, tl.exp2(-slope * length), 0.0)
+        through = tl.where(length == C, whole, tl.exp2(-slope * length))
+        through = tl.where(last_start < before, through, 0.0)
         to_head = tl.where(is_head, tl.exp2(-slope * (i + 1)), 0.0)
         to_end = tl.where(is_tail, tl.exp2(-slope * tl.maximum(length - 1 - i, 0)), 0.0)
 
@@ -424,7 +427,7 @@ def _prefix_kernel(
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = place < SQUARE
-    slope = tl.load(slopes + head) * 1.4426950408889634  # log2(e)
+    slope = tl.load(slopes + head).to(tl.float64) * 1.4426950408889634  # log2(e)
     owner = row * tl.num_programs(1) + head
     states += owner * segments * SQUARE
     state = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -437,7 +440,8 @@ def _prefix_kernel(
         t0 = segment * segment_tokens
         end = tl.minimum(t0 + segment_tokens, tokens) - 1
         last_start = end - tl.load(positions + row * tokens + end)
-        through = tl.where(last_start < tl.maximum(t0, 1), tl.exp2(-slope * (end + 1 - t0)), 0.0)
+        through = tl.exp2(-slope * (end + 1 - t0)).to(tl.float32)
+        through = tl.where(last_start < tl.maximum(t0, 1), through, 0.0)
         coming = tl.maximum(segment - 1, 0) if REVERSE else tl.minimum(segment + 1, segments - 1)
         following = tl.load(states + coming * SQUARE + place, mask=here, other=0.0)
         tl.store(states + segment * SQUARE + place, state, mask=here)
