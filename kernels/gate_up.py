@@ -98,7 +98,7 @@ def _forward(x: Tensor, weight: Tensor, scale: Tensor, ends: Tensor, config: Con
 
 
 def _table(ends: Tensor, tokens: int, rows: int) -> tuple[int, Tensor]:
-    """At most how many tiles of rows there are; [tiles, 3] int32: expert or -1, first row, the rows' end."""
+    """At most how many tiles of rows there are; [tiles, 3] int32: expert, first row, end of its rows or 0."""
     experts = len(ends)
     tiles = triton.cdiv(tokens, rows) + experts - 1
     table = torch.empty((tiles, 3), dtype=torch.int32, device=ends.device)
@@ -120,7 +120,7 @@ def _table_kernel(p_ends, p_table, I, E: tl.constexpr, BT: tl.constexpr, BI: tl.
     b_expert = tl.sum((b_after[None, :] <= o_i[:, None]).to(tl.int32), 1)
     is_mine = (o_e[None, :] == b_expert[:, None]).to(tl.int32)
     b_first = tl.sum(is_mine * (b_start - (b_after - b_tiles) * BT)[None, :], 1) + o_i * BT
-    tl.store(p_table + o_i * 3, tl.where(b_expert < E, b_expert, -1), o_i < I)
+    tl.store(p_table + o_i * 3, b_expert, o_i < I)
     tl.store(p_table + o_i * 3 + 1, b_first, o_i < I)
     tl.store(p_table + o_i * 3 + 2, tl.sum(is_mine * b_end[None, :], 1), o_i < I)
 
@@ -139,7 +139,7 @@ def _kernel(
     i_e = tl.load(p_table + 3 * i_t)
     i_row = tl.load(p_table + 3 * i_t + 1)
     rows = tl.load(p_table + 3 * i_t + 2) - i_row
-    if i_e >= 0:
+    if rows > 0:
         b_gate, b_up = tl.zeros((BT, BF), tl.float32), tl.zeros((BT, BF), tl.float32)
         for i_h in range(0, H, BH):
             b_x = d_x.load([i_row, i_h])
