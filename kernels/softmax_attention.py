@@ -107,7 +107,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> 
     Returns:
         [rows, tokens, heads, head_dim].
     """
-    path = _path(q, documents)
+    path = path_for(q, documents)
     if path is Path.twin:
         return softmax_attention_by_mask(q, k, v, documents)
     return softmax_attention_flash(q, k, v, documents, path)
@@ -130,7 +130,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents | None = Non
         o [rows, queries, heads, head_dim] in q's dtype or wider, log-sum-exp [rows, queries, heads] at least
         fp32.
     """
-    path = _path(q, documents)
+    path = path_for(q, documents)
     if path is Path.twin:
         return attention_part(q, k, v, _seen(documents))
     o, lse = _flash(path, _spans(q, k, documents), *(x.flatten(0, 1) for x in (q, k, v)))
@@ -153,7 +153,7 @@ def attend_backward(
         grad: gradient of o.
         o, lse: as `attend` returns them, over all keys that the queries see in any part.
     """
-    path = _path(q, documents)
+    path = path_for(q, documents)
     if path is Path.twin:
         grad = grad.to(lse.dtype)
         return attention_part_backward(q, k, v, lse, (o * grad).sum(-1), grad, _seen(documents))
@@ -212,7 +212,8 @@ def _seen(documents: Documents | None) -> Tensor | None:
     return (documents.ids[:, :, None] == documents.ids[:, None]).tril()
 
 
-def _path(q: Tensor, documents: Documents | None) -> Path:
+def path_for(q: Tensor, documents: Documents | None) -> Path:
+    """What `softmax_attention` and, with None too, `attend` take for q [rows, tokens, heads, head_dim]."""
     path, reason = choose_path(
         q.dtype,
         q.shape[-1],

@@ -5,6 +5,7 @@ The only file that imports peers, and only when a case with peers is built.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from kernels.reference import unpermute as unpermute_by_index
 from kernels.rms_norm import Carried, carry_rms_norm, rms_norm
 from kernels.rotary import rotate_
 from kernels.router import route
-from kernels.softmax_attention import Path, softmax_attention, softmax_attention_flash
+from kernels.softmax_attention import Path, path_for, softmax_attention, softmax_attention_flash
 from kernels.swiglu import swiglu
 from model.config import RouterConfig
 from model.router import Micro, Router
@@ -104,8 +105,9 @@ def _attention(s: Sizes, draw: _Draw) -> list[Case]:
         heads = (s.heads, s.kv_heads, s.kv_heads)
         q, k, v = inputs = [draw.leaf(1, s.tokens, n, s.head_dim) for n in heads]
         ops = {OURS: Op(lambda: softmax_attention(q, k, v, documents), inputs)}
-        if with_peers:
-            ops["flash 2"] = Op(lambda: softmax_attention_flash(q, k, v, documents, Path.flash2), inputs)
+        for path in (Path.cudnn, Path.flash2) if with_peers else ():
+            if path is not path_for(q, documents):
+                ops[path] = Op(partial(softmax_attention_flash, q, k, v, documents, path), inputs)
         return ops
 
     name = f"softmax {_k(s.tokens)} in {len(packed)} docs, {s.heads}/{s.kv_heads} heads"
@@ -238,10 +240,10 @@ def _cross_entropy(s: Sizes, draw: _Draw) -> Case:
         targets = torch.randint(s.vocab, (s.short,), generator=draw.generator, device=draw.device)
         ops = {OURS: Op(lambda: linear_cross_entropy(x, weight, targets).mean(), [x, weight])}
         if with_peers:
-            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
+            from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction as Fused
 
             ops["eager"] = Op(lambda: F.cross_entropy((x @ weight.T).float(), targets), [x, weight])
-            ops["liger"] = Op(lambda: fused(x, weight, targets), [x, weight])
+            ops["liger"] = Op(lambda: Fused.apply(x, weight, targets)[0], [x, weight])
         return ops
 
     name = f"linear CE {_k(s.short)} x {s.hidden} x {s.vocab}"
@@ -266,20 +268,27 @@ def _norms(s: Sizes, draw: _Draw) -> list[Case]:
         x, weight = draw.leaf(s.tokens, hidden), draw.leaf(hidden)
         ops = {OURS: Op(lambda: rms_norm(x, weight, 1e-5), [x, weight])}
         if with_peers:
-            from liger_kernel.transformers.functional import liger_rms_norm
+            from fla.modules.norm.layernorm import rms_norm as fla_norm
+            from liger_kernel.ops import LigerRMSNormFunction as Norm
 
             ops["eager"] = Op(lambda: F.rms_norm(x, (hidden,), weight, 1e-5), [x, weight])
-            ops["liger"] = Op(lambda: liger_rms_norm(x, weight, 1e-5, in_place=False), [x, weight])
+            ops["fla"] = Op(lambda: fla_norm(x, weight, None), [x, weight])
+            ops["liger"] = Op(lambda: Norm.apply(x, weight, 1e-5, 0.0, "llama", False), [x, weight])
         return ops
 
     def add_norm(with_peers: bool) -> Ops:
         x, r, weight = inputs = [draw.leaf(s.tokens, hidden), draw.leaf(s.tokens, hidden), draw.leaf(hidden)]
         alpha = 3.5565588200778455
-        ops = {OURS: Op(lambda: carry_rms_norm(x, weight, 1e-5, alpha, Carried(r, alpha))[0], inputs)}
-        if with_peers:
-            from liger_kernel.transformers.functional import liger_fused_add_rms_norm as fused
 
-            ops["liger"] = Op(lambda: fused(x, r, weight, 1e-5, in_place=False), inputs)
+        def ours() -> tuple[Tensor, Tensor]:
+            h, carried = carry_rms_norm(x, weight, 1e-5, alpha, Carried(r, alpha))
+            return h, carried.tensor
+
+        ops = {OURS: Op(ours, inputs)}
+        if with_peers:
+            from liger_kernel.ops import LigerFusedAddRMSNormFunction as Fused
+
+            ops["liger"] = Op(lambda: Fused.apply(x, r, weight, 1e-5, 0.0, "llama", False), inputs)
         return ops
 
     def gated(with_peers: bool) -> Ops:
@@ -295,7 +304,7 @@ def _norms(s: Sizes, draw: _Draw) -> list[Case]:
     size = s.tokens * hidden
     return [
         _moving(f"RMSNorm {tokens} x {hidden}", size, 2, 3, norm),
-        _moving(f"add + RMSNorm {tokens} x {hidden}", size, 4, 4, add_norm),
+        _moving(f"add + RMSNorm {tokens} x {hidden}", size, 3, 4, add_norm),
         _moving(f"gated norm {tokens} x {width}", s.tokens * width, 3, 5, gated),
     ]
 
@@ -307,7 +316,7 @@ def _activations(s: Sizes, draw: _Draw) -> list[Case]:
         x, scale = draw.leaf(rows, 2, s.ffn), draw.leaf(rows, dtype=torch.float32)
         ops = {OURS: Op(lambda: swiglu(x, scale), [x, scale])}
         if with_peers:
-            from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction as Fused
+            from liger_kernel.ops import LigerFusedGateUpSiLUMulFunction as Fused
 
             ops["eager"] = Op(lambda: plain_swiglu(x, scale), [x, scale])
             ops["liger"] = Op(lambda: Fused.apply(x.flatten(1)), [x])  # without the router's weights
@@ -331,12 +340,12 @@ def _rotary(s: Sizes, draw: _Draw) -> Case:
         before = [get_gradient_edge(x) for x in (q, k)]
         ops = {OURS: Op(lambda: rotate_(q, k, table, head_dim=s.head_dim), before)}
         if with_peers:
-            from liger_kernel.transformers.functional import liger_rope
+            from liger_kernel.ops import LigerRopeFunction as Turn
 
-            heads = [draw.leaf(1, n, s.tokens, s.head_dim) for n in (s.heads, s.kv_heads)]
+            heads = [draw.leaf(1, s.tokens, n, s.head_dim) for n in (s.heads, s.kv_heads)]
             cos, sin = (torch.cat([x[:, :, 0], x[:, :, 0]], -1).bfloat16() for x in table)
-            ops["eager"] = Op(lambda: [apply_rotary(x.transpose(1, 2), table) for x in heads], heads)
-            ops["liger"] = Op(lambda: liger_rope(*(x * 1 for x in heads), cos, sin), heads)
+            ops["eager"] = Op(lambda: [apply_rotary(x, table) for x in heads], heads)
+            ops["liger"] = Op(lambda: Turn.apply(*(x.transpose(1, 2) for x in heads), cos, sin), heads)
         return ops
 
     moved = Work(0, s.tokens * (s.heads + s.kv_heads) * s.rotary_dim * 4)

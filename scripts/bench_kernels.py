@@ -112,7 +112,7 @@ def format_cells(cells: Sequence[str]) -> str:
 
 def median_ms(call: Callable[[], object]) -> float:
     """Median of runs that find nothing of theirs in the L2 cache."""
-    return do_bench(call, warmup=25, rep=200, return_mode="median")
+    return do_bench(call, warmup=25, rep=100, return_mode="median")
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:

@@ -103,7 +103,7 @@ def test_paths_against_the_twin(
 @pytest.mark.parametrize("path", PATHS)
 def test_parts_of_the_keys_merge(path: Path, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A row in two halves: later queries see the keys of both, which are computed apart."""
-    monkeypatch.setattr(module, "_path", lambda *_: path)
+    monkeypatch.setattr(module, "path_for", lambda *_: path)
     dtype = torch.float64 if path is Path.twin else torch.bfloat16
     first, tokens = sizes[0], sum(sizes)
     inputs = draw(1, tokens, (4, 2), 128 if ON_GPU else 6)
