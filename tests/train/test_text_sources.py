@@ -14,11 +14,11 @@ import torch.distributed as dist
 from data.config import DataConfig, SourceConfig
 from data.tokenizer import train_tokenizer
 from parallel.config import ParallelConfig
-from parallel.mesh import init_mesh
+from parallel.mesh import Mesh, init_mesh
 from scripts.prepare_data import main
 from tests.dist import run_distributed
 from tests.train.test_pretrain import ROOT, column, command, ending, launch, pretrain
-from train import build
+from train.build import find_tokens, from_leader
 
 
 @pytest.fixture(scope="module")
@@ -127,17 +127,19 @@ def test_a_killed_leader_ends_the_wait_and_leaves_no_half_cache(folder: Path, tm
 
 def wait_for_the_leader(rank: int, folder: str, cache: str) -> None:
     """Every batch is a beat, and each rank hears of all of them and of the end."""
-    beats, share = [], build.from_leader
+    beats = []
 
-    def count(text: str, mesh: build.Mesh) -> str:
+    def count(text: str, mesh: Mesh) -> str:
         beats.append(text)
-        return share(text, mesh)
+        return from_leader(text, mesh)
 
-    build.BEAT_SECONDS, build.from_leader = 0, count
+    patch = pytest.MonkeyPatch()  # ends with this process
+    patch.setattr("train.build.BEAT_SECONDS", 0)
+    patch.setattr("train.build.from_leader", count)
     mesh = init_mesh(ParallelConfig(), "cpu")
     source = SourceConfig(dataset=f"{folder}/text.jsonl", text_key="body")
     cfg = DataConfig(sources=[source, source], tokenizer=folder, cache_dir=cache)
-    prefixes = build.find_tokens(cfg, mesh)
+    prefixes = find_tokens(cfg, mesh)
     assert len(prefixes) == 2 and len(set(prefixes)) == 1 and Path(f"{prefixes[0]}.bin").exists()
     assert len(beats) == 5
     heard: list[list[str]] = [[], []]
