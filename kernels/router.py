@@ -162,8 +162,8 @@ def record_choices_triton(
     padded = triton.next_power_of_2(num_experts)
     _record_kernel[(1,)](
         *record, sums, choices, dropped, pooled, share, tokens, len(sums), num_experts, scale,
-        K=top_k, HAS_DROPPED=dropped is not None, SO_FAR=so_far, BP=max(1, 4096 // padded), BE=padded,
-        num_warps=4,
+        K=top_k, HAS_DROPPED=dropped is not None, SO_FAR=so_far, BP=max(1, 16384 // padded), BE=padded,
+        num_warps=8,
     )  # fmt: skip
     return share, tokens
 
