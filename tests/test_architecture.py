@@ -25,7 +25,7 @@ ALLOWED = {  # folder -> folders of ours that it may import
 }
 FILE_LINES, KERNEL_FILE_LINES = 400, 600
 FUNCTION_LINES, KERNEL_FUNCTION_LINES, TRAIN_STEP_LINES = 60, 200, 40
-TOTAL_LINES = 12000
+TOTAL_LINES, KERNEL_TOTAL_LINES = 11000, 4500
 PROCESS_FILES = {
     "train/pretrain.py",
     "parallel/mesh.py",
@@ -196,11 +196,14 @@ def function_size(root: Path) -> list[str]:
 
 
 def total_size(root: Path) -> list[str]:
-    files = sources(root, *LIBRARY, "scripts")
-    if (total := sum(source.lines for source in files)) <= TOTAL_LINES:
-        return []
-    largest = max(files, key=lambda source: source.lines)
-    return [f"{largest.path}:1: {total} lines in all, at most {TOTAL_LINES}; this is the largest file"]
+    found = []
+    others = [folder for folder in (*LIBRARY, "scripts") if folder != "kernels"]
+    for folders, limit in ((others, TOTAL_LINES), (["kernels"], KERNEL_TOTAL_LINES)):
+        files = sources(root, *folders)
+        if (total := sum(source.lines for source in files)) > limit:
+            largest = max(files, key=lambda source: source.lines).path
+            found.append(f"{largest}:1: {total} lines in all, at most {limit}; this is the largest file")
+    return found
 
 
 def unshadowed_names(root: Path) -> list[str]:
@@ -310,6 +313,7 @@ OFFENCES: list[tuple[Rule, str, str, int]] = [  # rule, file, text, offending li
     (function_size, "kernels/a.py", function("f", 201), 1),
     (function_size, "train/step.py", function("train_step", 41), 1),
     (total_size, "data/a.py", "x = 1\n" * (TOTAL_LINES + 1), 1),
+    (total_size, "kernels/a.py", "x = 1\n" * (KERNEL_TOTAL_LINES + 1), 1),
     (unshadowed_names, "train/logging.py", "", 1),
     (unshadowed_names, "scripts/model.py", "", 1),
     (telling_names, "tests/utils.py", "", 1),
