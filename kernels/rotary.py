@@ -36,24 +36,17 @@ def rotate_(q: Tensor, k: Tensor, table: Table, *, head_dim: int) -> tuple[Tenso
     return apply_rotary(q, table), apply_rotary(k, table)
 
 
-LAUNCHES = [Launch(2048, 4), Launch(4096, 4), Launch(8192, 8)]
+LAUNCH = Launch(4096, 8)  # of 2048 to 16384 entries and 2 to 16 warps, all within 3 %
 
 
-def choose_launch(entries: int) -> Launch:
-    """For tokens of which `entries` in q have to turn."""
-    return LAUNCHES[0]
-
-
-def rotate_triton_(
-    q: Tensor, k: Tensor, table: Table, *, head_dim: int, launch: Launch | None = None
-) -> tuple[Tensor, Tensor]:
+def rotate_triton_(q: Tensor, k: Tensor, table: Table, *, head_dim: int) -> tuple[Tensor, Tensor]:
     """`rotate_` by the kernel."""
     cos, sin = (x.contiguous() for x in table)
     is_same_tokens = q.shape[:2] == k.shape[:2] == cos.shape[:2]
     if not is_same_tokens or 2 * cos.shape[-1] > head_dim or any(x.shape[-1] % head_dim for x in (q, k)):
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, table {tuple(cos.shape)} and head_dim {head_dim}"
         raise ValueError(f"{shapes} do not fit")
-    q, k = _Rotate.apply(q.contiguous(), k.contiguous(), cos, sin, head_dim, launch)
+    q, k = _Rotate.apply(q.contiguous(), k.contiguous(), cos, sin, head_dim)
     return q.unflatten(-1, (-1, head_dim)), k.unflatten(-1, (-1, head_dim))
 
 
@@ -62,12 +55,12 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int, launch: Launch | None
+        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int
     ) -> tuple[Tensor, Tensor]:
-        _turn(q, k, cos, sin, head_dim, launch, is_back=False)
+        _turn(q, k, cos, sin, head_dim, is_back=False)
         ctx.mark_dirty(q, k)
         ctx.save_for_backward(cos, sin)
-        ctx.head_dim, ctx.launch = head_dim, launch
+        ctx.head_dim = head_dim
         return q, k
 
     @staticmethod
@@ -77,23 +70,20 @@ class _Rotate(torch.autograd.Function):
         if dq.data_ptr() == dk.data_ptr():  # of a sum of the two
             dk = dk.clone()
         cos, sin = ctx.saved_tensors
-        _turn(dq, dk, cos, sin, ctx.head_dim, ctx.launch, is_back=True)
-        return dq, dk, None, None, None, None
+        _turn(dq, dk, cos, sin, ctx.head_dim, is_back=True)
+        return dq, dk, None, None, None
 
 
-def _turn(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int, launch: Launch | None, *, is_back: bool
-) -> None:
+def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, head_dim: int, *, is_back: bool) -> None:
     """Contiguous q and k by the angles of the table, or back."""
     half, (heads, kv_heads) = cos.shape[-1], (x.shape[-1] // head_dim for x in (q, k))
     tokens = cos.shape[0] * cos.shape[1]
     blocks = [triton.next_power_of_2(n) for n in (heads, kv_heads, half)]
-    launch = choose_launch(2 * heads * half) if launch is None else launch
-    bt = max(1, launch.elements // (2 * blocks[0] * blocks[2]))
+    bt = max(1, LAUNCH.elements // (2 * blocks[0] * blocks[2]))
     if tokens and half:
         _turn_kernel[(triton.cdiv(tokens, bt),)](
             q, k, cos, sin, tokens, heads, kv_heads, D=head_dim, HALF=half,
-            BT=bt, BH=blocks[0], BG=blocks[1], BI=blocks[2], IS_BACK=is_back, num_warps=launch.num_warps,
+            BT=bt, BH=blocks[0], BG=blocks[1], BI=blocks[2], IS_BACK=is_back, num_warps=LAUNCH.num_warps,
         )  # fmt: skip
 
 

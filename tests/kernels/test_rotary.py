@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.reference import apply_rotary, rotary_table
-from kernels.rotary import LAUNCHES, choose_launch, rotate_, rotate_triton_
-from kernels.row_tiles import Launch
+from kernels.rotary import rotate_, rotate_triton_
 from tests.kernels.harness import DEVICE, DTYPES, check_against_twin, random_tensor
 
 ON_GPU = DEVICE.type == "cuda"
@@ -28,11 +27,11 @@ def positions(rows: int, tokens: int) -> Tensor:
     return (torch.arange(rows * tokens, device=DEVICE).view(rows, tokens) * 7919) % 1_000_003
 
 
-def pair(table: tuple[Tensor, Tensor], head_dim: int, launch: Launch | None = None) -> list[Callable]:
+def pair(table: tuple[Tensor, Tensor], head_dim: int) -> list[Callable]:
     """Kernel and twin as functions of q and k that leave q and k as they are."""
 
     def kernel(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        q, k = rotate_triton_(q * 1, k * 1, table, head_dim=head_dim, launch=launch)
+        q, k = rotate_triton_(q * 1, k * 1, table, head_dim=head_dim)
         return q * 1, k * 1  # so that the gradients belong to the kernel alone
 
     def twin(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,14 +53,6 @@ def test_against_the_twin(
 ) -> None:
     table = rotary_table(positions(*shape[:2]), rotary_dim, 10_000.0)
     check_against_twin(*pair(table, head_dim), inputs(*shape, head_dim), dtype=dtype)
-
-
-@pytest.mark.parametrize("launch", LAUNCHES)
-def test_every_launch(launch: Launch) -> None:
-    shape = (2, 1000, 64, 8) if ON_GPU else (2, 21, 5, 3)
-    table = rotary_table(positions(*shape[:2]), 64, 10_000.0)
-    check_against_twin(*pair(table, 128, launch), inputs(*shape, 128), dtype=DTYPES[-1])
-    assert choose_launch(4096) in LAUNCHES
 
 
 def test_works_in_place_and_leaves_the_rest() -> None:
