@@ -42,13 +42,19 @@ def choose_config(vocab: int) -> Config:
     return next((config for config in CONFIGS[:2] if vocab <= config.columns), CONFIGS[2])
 
 
+SCALED = 4096
+"""Elements of weight's gradient that a program scales."""
+
+
 class Passes(NamedTuple):
-    """What happens to a chunk's logits, [rows, vocab]; targets are [rows], counted from `first` on."""
+    """What torch and the kernels do each in their way; logits [rows, vocab], targets [rows], first entry."""
 
     summarize: Callable[[Tensor, Tensor, int], Tensor]
     """[3, rows]: maximum, sum of exp(logit - maximum), target logit (0 where it lies elsewhere)."""
     differentiate: Callable[[Tensor, Tensor, Tensor, int], Tensor]
     """Softmax - one-hot in the logits' dtype, 0 where there is no target; the logits may be overwritten."""
+    scale: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    """Weight's gradient times an fp32 factor [1], in this dtype; the gradient may be overwritten."""
 
 
 def linear_cross_entropy(
@@ -70,7 +76,7 @@ def linear_cross_entropy(
     """
     if hidden.is_cuda:
         return linear_cross_entropy_triton(hidden, weight, targets, first=first, merge=merge)
-    return _attach(hidden, weight, targets, first, merge, Passes(_summarize, _differentiate))
+    return _attach(hidden, weight, targets, first, merge, Passes(_summarize, _differentiate, _scale))
 
 
 def linear_cross_entropy_triton(
@@ -98,7 +104,13 @@ def linear_cross_entropy_triton(
         )
         return logits
 
-    return _attach(hidden, weight, targets, first, merge, Passes(summarize, differentiate))
+    def scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        scaled = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+        grid = (triton.cdiv(gradient.numel(), SCALED),)
+        _scale_kernel[grid](gradient, factor, scaled, gradient.numel(), SCALED, num_warps=8)
+        return scaled
+
+    return _attach(hidden, weight, targets, first, merge, Passes(summarize, differentiate, scale))
 
 
 def _attach(
@@ -113,7 +125,7 @@ def _attach(
     if not is_training:
         return losses
     return _HiddenGradient.apply(hidden, losses, targets, grad_hidden) + _WeightGradient.apply(
-        weight, losses, targets, grad_weight
+        weight, losses, targets, grad_weight, passes.scale
     )
 
 
@@ -196,23 +208,23 @@ class _WeightGradient(torch.autograd.Function):
     """forward: zeros like the losses; backward: weight's precomputed gradient times the upstream one."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, losses: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
-        ctx.targets, ctx.gradient, ctx.dtype = targets, gradient, weight.dtype
+    def forward(
+        ctx: Any, weight: Tensor, losses: Tensor, targets: Tensor, gradient: Tensor, scale: Any
+    ) -> Tensor:
+        ctx.targets, ctx.gradient, ctx.dtype, ctx.scale = targets, gradient, weight.dtype, scale
         return torch.zeros_like(losses)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         gradient = _take(ctx)
         if not grads[0].numel():
-            return gradient.to(ctx.dtype), None, None, None
+            return gradient.to(ctx.dtype), None, None, None, None
         has_target = ctx.targets.flatten() >= 0
         upstream = torch.where(has_target, grads[0].flatten(), 0)
-        scale = upstream.take(
-            has_target.byte().argmax(keepdim=True)
-        )  # [1]: a scalar would be rounded to bf16
-        is_uniform = ((upstream == scale) | ~has_target).all()
+        factor = upstream.take(has_target.byte().argmax(keepdim=True))  # [1]: torch rounds scalars to bf16
+        is_uniform = ((upstream == factor) | ~has_target).all()
         torch._assert_async(is_uniform, "tokens with targets have different upstream gradients")
-        return gradient.mul_(scale).to(ctx.dtype), None, None, None
+        return ctx.scale(gradient, factor, ctx.dtype), None, None, None, None
 
 
 def _take(ctx: Any) -> Tensor:
@@ -244,6 +256,10 @@ def _differentiate(logits: Tensor, summary: Tensor, targets: Tensor, first: int)
     p = (widen(logits) - peak).exp_().div_(total)
     p.scatter_add_(1, local[:, None], -is_here.to(p.dtype)[:, None])
     return p.mul_((targets >= 0)[:, None]).to(logits.dtype)
+
+
+def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return gradient.mul_(factor).to(dtype)
 
 
 @triton.jit
@@ -280,3 +296,12 @@ def _differentiate_kernel(logits, summary, targets, first, rows, vocab, BLOCK: t
         x = tl.load(x_row + start + columns, mask=inside, other=0.0).to(tl.float32)
         p = tl.exp(x - peak) * scale - tl.where(start + columns == target - first, 1.0, 0.0)
         tl.store(x_row + start + columns, tl.where(target >= 0, p, 0.0), mask=inside)
+
+
+@triton.jit
+def _scale_kernel(gradient, factor, scaled, size, BLOCK: tl.constexpr):
+    """scaled = gradient * factor; they may be the same memory."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    wide = tl.load(gradient + index, mask=inside, other=0.0).to(tl.float32)
+    tl.store(scaled + index, wide * tl.load(factor), mask=inside)
