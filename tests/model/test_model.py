@@ -276,3 +276,13 @@ def test_evaluation_leaves_the_statistics_alone() -> None:
     tokens = torch.zeros(1, 5, dtype=torch.int64)
     model(tokens, torch.tensor([[0, 5]], dtype=torch.int32))
     assert not any(router.load.any() for router in model.routers())
+
+
+def test_attention_knows_the_offsets_on_the_host() -> None:
+    """Without asking the device: they came from the host."""
+    model, seen = initialised(ModelConfig(**SMALL)), []
+    core = model.blocks["1"].mixer.core
+    core.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[3]))
+    offsets = torch.tensor([[0, 3, 7], [0, 7, 7]], dtype=torch.int32)
+    model(torch.randint(97, (2, 7)), offsets)
+    assert [documents.on_host for documents in seen] == [offsets.tolist()]
