@@ -15,6 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 from kernels.adamw import Hyperparameters, Moving, adamw, square_sum
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.documents import Documents, locate_documents
+from kernels.gate_up import gate_up_swiglu
 from kernels.gated_norm import gated_rms_norm
 from kernels.grouped_gemm import grouped_gemm
 from kernels.lightning_attention import lightning_attention
@@ -157,9 +158,8 @@ def _experts(s: Sizes, draw: _Draw) -> list[Case]:
         gate_up, down = draw.leaf(s.experts, 2, f, h, scale=0.02), draw.leaf(s.experts, h, f, scale=0.02)
 
         def ours() -> Tensor:
-            rows, scale = permute(x, sorting), permute(weights.reshape(-1, 1), sorting)[:, 0]
-            inner = grouped_gemm(rows, gate_up.flatten(1, 2), sorting.ends)
-            inner = swiglu(inner.unflatten(-1, (2, -1)), scale)
+            rows, scale = permute(x, sorting), permute(weights.reshape(-1, 1), sorting).flatten()
+            inner = gate_up_swiglu(rows, gate_up, scale, sorting.ends)
             return unpermute(grouped_gemm(inner, down, sorting.ends), sorting, s.tokens)
 
         def eager() -> Tensor:
