@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import softmax_attention as module
 from kernels.documents import Documents, locate_documents
 from kernels.reference import merge_attention
 from kernels.reference import softmax_attention as twin
 from kernels.softmax_attention import (
     CUDNN_TOKENS,
     Path,
+    _announce,
     attend,
     attend_backward,
     choose_path,
@@ -103,7 +103,7 @@ def test_paths_against_the_twin(
 @pytest.mark.parametrize("path", PATHS)
 def test_parts_of_the_keys_merge(path: Path, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A row in two halves: later queries see the keys of both, which are computed apart."""
-    monkeypatch.setattr(module, "path_for", lambda *_: path)
+    monkeypatch.setattr("kernels.softmax_attention.path_for", lambda *_: path)
     dtype = torch.float64 if path is Path.twin else torch.bfloat16
     first, tokens = sizes[0], sum(sizes)
     inputs = draw(1, tokens, (4, 2), 128 if ON_GPU else 6)
@@ -184,7 +184,7 @@ def test_choice(changes: dict, path: Path, reason: str) -> None:
 
 
 def test_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    module._announce.cache_clear()
+    _announce.cache_clear()
     tokens, starts = ROWS["short"]
     q, k, v = (x.float() for x in draw(2, tokens, (2, 1), 8))
     with caplog.at_level(logging.INFO, logger="kernels.softmax_attention"):
