@@ -7,7 +7,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # import from the reposi
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +17,7 @@ import triton
 from scripts.bench_cases import all_cases
 from scripts.bench_kernels import COLUMNS as KERNEL_COLUMNS
 from scripts.bench_kernels import (
+    Line,
     check_peers,
     choose_cases,
     format_cells,
@@ -103,33 +104,31 @@ def print_times(settings: LayerSettings, skews: Sequence[float]) -> dict[str, An
     return {"device": name, "torch": torch.__version__, "times": [time._asdict() for time in times]}
 
 
-def print_kernels(only: Sequence[str] | None, *, with_peers: bool) -> dict[str, Any]:
-    """Time each case and print its lines at once; returns their numbers."""
+def print_kernels(
+    only: Sequence[str] | None, *, with_peers: bool, save: Callable[[dict[str, Any]], None]
+) -> bool:
+    """Time each case, print and save its lines at once; whether something failed."""
     if not torch.cuda.is_available():
         raise ValueError("kernels needs a CUDA device and finds none: times of a CPU would prove nothing")
     device = torch.device("cuda")
     cases = choose_cases(all_cases(device), only)
     if with_peers:
         check_peers()
-    name, ceilings, lines = torch.cuda.get_device_name(device), measure_ceilings(device), []
+    name, ceilings = torch.cuda.get_device_name(device), measure_ceilings(device)
     print(
         f"{name}, torch {torch.__version__}, triton {triton.__version__}\n"
         f"floors: 8192^3 bf16 product {ceilings.tflops:.0f} TFLOP/s, copy {ceilings.tb_per_s:.2f} TB/s\n"
         f"{format_cells(list(KERNEL_COLUMNS))}"
     )
+    versions = {"device": name, "torch": torch.__version__, "triton": triton.__version__}
+    lines: list[Line] = []
     for case in cases:
         for line in measure_case(case, ceilings, median_ms, with_peers=with_peers):
             print("\n    ".join([format_cells(line.cells()), *line.errors]), flush=True)
             lines.append(line)
+        save({**versions, "ceilings": ceilings._asdict(), "lines": [line._asdict() for line in lines]})
         torch.cuda.empty_cache()
-    return {
-        "device": name,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "ceilings": ceilings._asdict(),
-        "failed": any(line.errors for line in lines),
-        "lines": [line._asdict() for line in lines],
-    }
+    return any(line.errors for line in lines)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -197,19 +196,23 @@ def _moe(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one part; exit code 2 if its arguments do not fit, 1 if something failed that could be told."""
+    """Run one part; exit code 2 if its arguments do not fit, 1 if some of its lines failed."""
     args = _parser().parse_args(argv)
+
+    def save(numbers: dict[str, Any]) -> None:
+        if args.json:
+            args.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+
     try:
         if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
             raise ValueError(f"--json={args.json} must name a file in a folder that exists")
-        is_moe = args.part == "moe"
-        numbers = _moe(args) if is_moe else print_kernels(args.only, with_peers=args.peers)
+        if args.part == "kernels":
+            return int(print_kernels(args.only, with_peers=args.peers, save=save))
+        save(_moe(args))
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    if args.json:
-        args.json.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    return 1 if numbers.get("failed") else 0
+    return 0
 
 
 if __name__ == "__main__":

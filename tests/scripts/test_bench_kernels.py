@@ -75,6 +75,16 @@ def squares(*, fails: bool = False) -> Op:
     return Op(forward, [x])
 
 
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, cases: list[Case]) -> None:
+    """Let the program find a GPU, and these cases."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr("scripts.bench.measure_ceilings", lambda _: CEILINGS)
+    monkeypatch.setattr("scripts.bench.median_ms", CountingClock())
+    monkeypatch.setattr("scripts.bench.all_cases", lambda _: cases)
+
+
 def test_floors_of_the_design() -> None:
     """The table of floors at 790 TFLOP/s and 4.3 TB/s."""
     expected = {
@@ -168,13 +178,8 @@ def test_failure_keeps_the_others(failing: str) -> None:
 def test_printed_table_file_and_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr("scripts.bench.measure_ceilings", lambda _: CEILINGS)
-    monkeypatch.setattr("scripts.bench.median_ms", CountingClock())
     broken = a_case({OURS: squares(fails=True)})._replace(group="broken", name="broken one")
-    monkeypatch.setattr("scripts.bench.all_cases", lambda _: [broken, a_case({OURS: squares()})])
+    on_a_gpu(monkeypatch, [broken, a_case({OURS: squares()})])
     target = tmp_path / "kernels.json"
     assert main(["kernels", "--json", str(target)]) == 1
     out = capsys.readouterr().out
@@ -183,13 +188,27 @@ def test_printed_table_file_and_exit_code(
     assert len({len(line) for line in table}) == 1 and len(table[0]) <= 120
     assert "    ours: RuntimeError: no room" in out.splitlines()
     numbers = json.loads(target.read_text())
-    assert numbers["failed"] and numbers["ceilings"] == {"tflops": 790, "tb_per_s": 4.3}
+    assert numbers["ceilings"] == {"tflops": 790, "tb_per_s": 4.3}
     assert [(line["case"], line["ms"]) for line in numbers["lines"]] == [
         ("broken one", None), ("broken one", None), ("name", 1), ("name", 2)
     ]  # fmt: skip
     assert main(["kernels", "--only", "group", "--json", str(target)]) == 0
     assert "broken" not in capsys.readouterr().out
-    assert not json.loads(target.read_text())["failed"]
+    assert [line["errors"] for line in json.loads(target.read_text())["lines"]] == [[], []]
+
+
+def test_an_interrupted_run_keeps_its_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(with_peers: bool) -> dict[str, Op]:
+        raise KeyboardInterrupt
+
+    on_a_gpu(monkeypatch, [a_case({OURS: squares()}), a_case({})._replace(build=interrupted)])
+    target = tmp_path / "kernels.json"
+    with pytest.raises(KeyboardInterrupt):
+        main(["kernels", "--json", str(target)])
+    assert [line["ms"] for line in json.loads(target.read_text())["lines"]] == [1, 2]
+    assert len(capsys.readouterr().out.splitlines()) == 5
 
 
 def test_choice_of_groups() -> None:
