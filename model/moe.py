@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from kernels.gate_up import gate_up_swiglu
 from kernels.grouped_gemm import grouped_gemm
 from kernels.permute import permute, sort_choices, unpermute
+from kernels.swiglu import swiglu
 from model.config import ModelConfig, RouterConfig
 from model.router import Micro, Router, Routing
 
@@ -58,7 +58,8 @@ class Experts(nn.Module):
         return dispatcher(x, routing, self._compute)
 
     def _compute(self, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        return grouped_gemm(gate_up_swiglu(x, self.gate_up, weights, ends), self.down, ends)
+        gate_up = grouped_gemm(x, self.gate_up.flatten(1, 2), ends)
+        return grouped_gemm(swiglu(gate_up.unflatten(-1, (2, -1)), weights), self.down, ends)
 
 
 class MoE(nn.Module):
