@@ -15,7 +15,6 @@ from torch.autograd.graph import get_gradient_edge
 from kernels.adamw import Hyperparameters, Moving, adamw, square_sum
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.documents import Documents, locate_documents
-from kernels.gate_up import gate_up_swiglu
 from kernels.gated_norm import gated_rms_norm
 from kernels.grouped_gemm import grouped_gemm
 from kernels.lightning_attention import lightning_attention
@@ -159,7 +158,8 @@ def _experts(s: Sizes, draw: _Draw) -> list[Case]:
 
         def ours() -> Tensor:
             rows, scale = permute(x, sorting), permute(weights.reshape(-1, 1), sorting).flatten()
-            inner = gate_up_swiglu(rows, gate_up, scale, sorting.ends)
+            inner = grouped_gemm(rows, gate_up.flatten(1, 2), sorting.ends)
+            inner = swiglu(inner.unflatten(-1, (2, -1)), scale)
             return unpermute(grouped_gemm(inner, down, sorting.ends), sorting, s.tokens)
 
         def eager() -> Tensor:
