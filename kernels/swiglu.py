@@ -46,7 +46,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate_up, scale = ctx.saved_tensors
-        return swiglu_backward(gate_up, scale, grads[0].contiguous())
+        return _backward(gate_up, scale, grads[0].contiguous())
 
 
 def _forward(gate_up: Tensor, scale: Tensor) -> Tensor:
@@ -60,8 +60,8 @@ def _forward(gate_up: Tensor, scale: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(gate_up: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate_up and scale by the kernel, from contiguous tensors."""
+def _backward(gate_up: Tensor, scale: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate_up and scale."""
     tokens, _, ffn = gate_up.shape
     d_gate_up, d_scale = torch.empty_like(gate_up), torch.empty_like(scale)
     rows, columns, warps = CONFIG
