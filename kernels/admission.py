@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.counting import (
     CONFIGS,
     SCAN_BLOCKS,
+    ceil_div,
     count_blocks,
     count_earlier,
     load_counts,
@@ -86,10 +87,10 @@ def line_up_triton(
         offsets: [rows, max_documents + 1].
         start: place of the pool, below its number of tokens.
     """
-    cells = positions.new_empty((2 * len(rows) + 2, 2))
-    keys = positions.new_empty(len(cells))
+    cells = positions.new_empty((2 * rows.shape[0] + 2, 2))
+    keys = positions.new_empty(cells.shape[0])
     _line_up_kernel[(1,)](
-        rows, positions, split, offsets.contiguous(), cells, keys, len(rows), len(positions),
+        rows, positions, split, offsets.contiguous(), cells, keys, rows.shape[0], positions.shape[0],
         offsets.shape[1], row_tokens, num_rows * row_tokens, start, BR=128, BD=512, num_warps=4,
     )  # fmt: skip
     return cells, keys
@@ -102,11 +103,11 @@ def count_cells(experts: Tensor, cells: Tensor, keys: Tensor, num_experts: int) 
         experts: [tokens, top_k] int64, num_experts where not counted.
         cells, keys: from `line_up`.
     """
-    config, num_cells = CONFIGS[0], len(cells)
+    config, num_cells = CONFIGS[0], cells.shape[0]
     blocks = count_blocks(experts.flatten(), num_experts, config)
     table = keys.new_empty((num_cells, 1 + num_experts))
     base, starts = torch.empty_like(blocks), keys.new_empty((num_cells, num_experts))
-    grid = (num_cells + 1, triton.cdiv(num_experts, 16))
+    grid = (num_cells + 1, ceil_div(num_experts, 16))
     _cells_kernel[grid](
         experts.contiguous(), cells, keys, blocks, table, base, starts,
         experts.numel(), len(blocks), num_cells, num_experts,
@@ -129,7 +130,7 @@ def admit_choices(tables: Tensor, starts: Tensor, sharing: Sharing) -> Admitted:
         tables, starts, limits, shifts, ends, totals, len(tables), num_cells, num_experts,
         sharing.first, sharing.rank, sharing.num_groups, sharing.group_size,
         sharing.numerator, sharing.denominator * num_experts,
-        BC=CELL_BLOCK, BX=16, BG=triton.next_power_of_2(sharing.num_groups), num_warps=4,
+        BC=CELL_BLOCK, BX=16, BG=1 << (sharing.num_groups - 1).bit_length(), num_warps=4,
     )  # fmt: skip
     return Admitted(limits, shifts, ends, *totals)
 

@@ -5,6 +5,7 @@ A token's choice and weights depend on its own logits alone, whatever tile it li
 over tokens are added up tile by tile and part by part, in the same order every time.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.counting import ceil_div
 from kernels.reference import Balance, Record
 from kernels.reference import choose_experts as choose_experts_by_sort
 from kernels.reference import record_choices as record_choices_by_torch
@@ -122,10 +124,10 @@ def choose_experts_triton(
     """`choose_experts` by the kernel."""
     tokens, num_experts = logits.shape
     tile = _tile(num_experts, config)
-    tiles = triton.cdiv(tokens, tile["BT"])
-    each = max(1, triton.cdiv(tiles, MAX_PARTS))  # tiles of a program
+    tiles = ceil_div(tokens, tile["BT"])
+    each = max(1, ceil_div(tiles, MAX_PARTS))  # tiles of a program
     experts = torch.empty((tokens, top_k), dtype=torch.int64, device=logits.device)
-    sums = logits.new_empty((max(1, triton.cdiv(tiles, each)), num_experts + 2), dtype=torch.float32)
+    sums = logits.new_empty((max(1, ceil_div(tiles, each)), num_experts + 2), dtype=torch.float32)
     _choose_kernel[(len(sums),)](
         logits.contiguous(), bias, real, experts, sums, tokens, num_experts, each,
         K=top_k, HAS_BIAS=bias is not None, HAS_REAL=real is not None, **tile,
@@ -159,7 +161,7 @@ def record_choices_triton(
     """`record_choices` by the kernel."""
     num_experts = len(choices)
     share, tokens = sums.new_empty(num_experts), sums.new_empty(())
-    padded = triton.next_power_of_2(num_experts)
+    padded = _tile(num_experts, CONFIGS[0])["BE"]
     _record_kernel[(1,)](
         *record, sums, choices, dropped, pooled, share, tokens, len(sums), num_experts, scale,
         K=top_k, HAS_DROPPED=dropped is not None, SO_FAR=so_far, BP=max(1, 16384 // padded), BE=padded,
@@ -168,6 +170,7 @@ def record_choices_triton(
     return share, tokens
 
 
+@cache
 def _tile(num_experts: int, config: Config) -> dict[str, int]:
     """Chosen by the number of experts alone, so that a token's sums are the same among any others."""
     padded = triton.next_power_of_2(num_experts)
@@ -191,7 +194,7 @@ class _Route(torch.autograd.Function):
         weights = logits.new_empty(experts.shape, dtype=torch.float32)
         tile = _tile(num_experts, config)
         if tokens:
-            _route_kernel[(triton.cdiv(tokens, tile["BT"]),)](
+            _route_kernel[(ceil_div(tokens, tile["BT"]),)](
                 logits, experts, None if replicas is None else replicas.contiguous(), weights,
                 tokens, num_experts, K=top_k, HAS_REPLICAS=replicas is not None, **tile,
             )  # fmt: skip
@@ -205,7 +208,7 @@ class _Route(torch.autograd.Function):
         logits, experts, weights, real, share, pool_tokens = ctx.saved_tensors
         (tokens, num_experts), grad = logits.shape, torch.empty_like(logits)
         if tokens:
-            _route_backward_kernel[(triton.cdiv(tokens, ctx.tile["BT"]),)](
+            _route_backward_kernel[(ceil_div(tokens, ctx.tile["BT"]),)](
                 logits, experts, weights, grads[0].contiguous(), real, share, pool_tokens, grad,
                 tokens, num_experts, *ctx.factors, K=experts.shape[1],
                 HAS_REAL=real is not None, HAS_BALANCE=share is not None, **ctx.tile,
