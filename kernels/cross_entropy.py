@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.reference import widen
 
 LOGITS_BYTES = {"cpu": 2**28, "cuda": 25 * 2**26}
-"""Logits held at once, by device: two chunks of 8,192 tokens x 200,064 entries in bf16 on a GPU."""
+"""Logits held at once, by device: on a GPU, 8,192 tokens of 200,064 entries in bf16 are two chunks."""
 
 TILE = 128
 """Rows of a chunk are a multiple of this, where that many fit."""

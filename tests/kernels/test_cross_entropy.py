@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import cross_entropy
-from kernels.cross_entropy import CONFIGS, Config, linear_cross_entropy, linear_cross_entropy_triton
+from kernels.cross_entropy import (
+    CONFIGS,
+    LOGITS_BYTES,
+    Config,
+    linear_cross_entropy,
+    linear_cross_entropy_triton,
+)
 from kernels.reference import linear_cross_entropy as whole_linear_cross_entropy
 from kernels.reference import widen
 from tests.kernels.harness import DEVICE, DTYPES, check_against_twin, random_tensor
@@ -36,7 +41,7 @@ def summed(op: object, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple
 
 
 def limit_chunks(monkeypatch: pytest.MonkeyPatch, rows: int, vocab: int, dtype: torch.dtype) -> None:
-    monkeypatch.setitem(cross_entropy.LOGITS_BYTES, DEVICE.type, rows * vocab * dtype.itemsize)
+    monkeypatch.setitem(LOGITS_BYTES, DEVICE.type, rows * vocab * dtype.itemsize)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
