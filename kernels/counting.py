@@ -30,7 +30,7 @@ CONFIGS = [Config(128, 32, 4), Config(256, 32, 4), Config(256, 32, 8)]
 
 
 def ceil_div(n: int, size: int) -> int:
-    """n / size, rounded up; triton.cdiv, made for kernels, takes the host as long as a launch."""
+    """n / size, rounded up; triton.cdiv does the same in microseconds."""
     return -(-n // size)
 
 
