@@ -10,6 +10,7 @@ y^T z stays in registers. Where rows and heads are too few to fill the GPU, segm
 by a pass that computes states only, which is also LASP+'s local state.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -60,10 +61,22 @@ class Layout(NamedTuple):
 
 def plan_layout(q: Tensor, config: Config | None = None, segments: int | None = None) -> Layout:
     """Constants for q [rows, tokens, heads, head_dim], chosen by shape and dtype alone."""
-    rows, tokens, heads, size = q.shape
+    return _plan(*q.shape, q.element_size(), config, segments)
+
+
+@cache  # the launches of a small call take longer on the host than on the GPU
+def _plan(
+    rows: int,
+    tokens: int,
+    heads: int,
+    size: int,
+    bytes_each: int,
+    config: Config | None,
+    segments: int | None,
+) -> Layout:
     padded = triton.next_power_of_2(size)
     if config is None:
-        config = CONFIGS[3 if q.element_size() > 2 else 0 if padded <= 128 else 2]
+        config = CONFIGS[3 if bytes_each > 2 else 0 if padded <= 128 else 2]
     config = config._replace(columns=min(config.columns, padded))
     blocks, chunks = triton.cdiv(size, config.columns), triton.cdiv(tokens, config.chunk)
     if segments is None:
