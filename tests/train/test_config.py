@@ -113,7 +113,7 @@ def test_a_file_with_header_and_name_keeps_them(tmp_path: Path) -> None:
         (["conf=debug", "log.every=0"], "log.every=0 must be at least 1"),
         (["conf=debug", "router.aux_loss_coefficient=-1"], "router.aux_loss_coefficient=-1.0 must be >= 0"),
         (["conf=debug", "data.sources=[{path: x, weight: 0}]"], "data.sources[0].weight=0 must be > 0"),
-        (["conf=debug", "data.sources=[{weight: 1}]"], "no value for data.sources"),
+        (["conf=debug", "data.sources=[{weight: 1}]"], "data.sources[0] has path=None and dataset=None"),
         (["conf=debug", "train.steps=???"], "no value for train.steps"),
         (["conf=debug", "train.steps=0"], "train.steps=0 must be at least 1"),
         (["conf=debug", "data.sources=[]"], "data.sources is empty"),
