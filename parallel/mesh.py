@@ -1,6 +1,7 @@
 """The process grid: one frozen object, handed down; only this file reads the launcher's variables."""
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
@@ -79,6 +80,18 @@ def launched_local_rank() -> int:
 def launched_rank() -> int:
     """This process's number in the job; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
+
+
+def launch_name() -> str:
+    """Tells this launch from others that run at the same time; the same on all its ranks."""
+    if launched_world_size() == 1:
+        return f"{socket.gethostname()}:{os.getpid()}"
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def slurm_job() -> str | None:
+    """Number of the Slurm job that this process is part of; None outside Slurm."""
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def init_mesh(

@@ -20,14 +20,17 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from parallel.mesh import (
     close_mesh,
     init_mesh,
+    launch_name,
     launched_local_rank,
     launched_rank,
     launched_world_size,
     set_determinism,
+    slurm_job,
 )
-from train.build import build_run, device_type
+from train.build import build_run, device_type, from_leader
 from train.checkpoint import NoCheckpointError, saved_step
 from train.config import ConfigError, RunConfig, explain, load_config, register_schema, rewrite_conf
+from train.lock import RunLock, lock_holder, take_lock
 from train.log import set_up_logging
 from train.loop import train
 from train.signals import EXIT_CODES, Ending, StopRequest, clear_sentinels, write_sentinel
@@ -40,8 +43,7 @@ def main(composed: DictConfig) -> None:
     try:
         cfg = load_config(composed)
     except ConfigError as error:
-        write_sentinel(Path(composed.run_dir), Ending.FAILED, code=2, step=None, reason=str(error))
-        refuse(str(error), 2)
+        fail(Path(composed.run_dir), str(error), 2)
     sys.exit(record(run_to_end)(cfg, OmegaConf.to_yaml(composed, resolve=True)))
 
 
@@ -50,8 +52,8 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
     console = Console(stderr=False)
     set_up_logging(launched_rank(), console)
     run_dir, leader = Path(cfg.run_dir), launched_rank() == 0
-    step = None
     try:
+        lock = take_lock(run_dir, launch_name(), slurm_job()) if leader else RunLock(None, "")
         stages = build_stages(cfg)
         validate_stages(stages, launched_world_size())
         stage = stage_of(stages, saved_step(run_dir, cfg.checkpoint.resume))
@@ -63,23 +65,30 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
             pool_groups=stage.cfg.pool_groups(launched_world_size()),
             overlaps=cfg.moe.overlap_groups > 1,
         )
+        if holder := from_leader(lock.holder, mesh):
+            raise ConfigError(
+                f"run_dir={run_dir} is in use by {holder}; stop it, or use another run_dir"
+            )
         if leader:
-            run_dir.mkdir(parents=True, exist_ok=True)
             clear_sentinels(run_dir)
             (run_dir / "config.yaml").write_text(resolved, encoding="utf-8")
         run = build_run(stages, stage, mesh, stop, console)
         ending, reason = train(run)
-        step = run.progress.step
     except (ConfigError, NoCheckpointError) as error:
-        code = 3 if isinstance(error, NoCheckpointError) else 2
-        write_sentinel(run_dir, Ending.FAILED, code=code, step=step, reason=str(error))
-        refuse(str(error), code)
+        fail(run_dir, str(error), 3 if isinstance(error, NoCheckpointError) else 2)
     if run.metrics is not None:
         run.metrics.close()
     if leader:
-        write_sentinel(run_dir, ending, code=EXIT_CODES[ending], step=step, reason=reason)
+        write_sentinel(run_dir, ending, code=EXIT_CODES[ending], step=run.progress.step, reason=reason)
     close_mesh(mesh)
     return EXIT_CODES[ending]
+
+
+def fail(run_dir: Path, message: str, code: int) -> NoReturn:
+    """Say it in the run directory, unless another job is at work there, and end."""
+    if not lock_holder(run_dir, launch_name()):
+        write_sentinel(run_dir, Ending.FAILED, code=code, step=None, reason=message)
+    refuse(message, code)
 
 
 def refuse(message: str, code: int) -> NoReturn:

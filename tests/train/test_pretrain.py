@@ -110,7 +110,7 @@ def test_run_directory(base: tuple[Path, list[str]]) -> None:
     }  # fmt: skip
     assert manifest["config"]["model"]["num_layers"] == 4 and len(manifest["git_commit"]) == 40
     assert {path.name for path in run_dir.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "experts.jsonl", "checkpoints", "DONE",
+        "config.yaml", "metrics.jsonl", "experts.jsonl", "checkpoints", "DONE", ".lock",
     }  # fmt: skip
 
 
