@@ -89,12 +89,15 @@ class SingleStage:
 
     def __init__(self, model: Transformer, *, zero_stage: int) -> None:
         self.model, self.zero_stage = model, zero_stage
+        self.micro_losses: list[Tensor] = []
+        """Of the last step's micro-batches, [rows, tokens/cp] each."""
 
     def forward_backward(
         self, batches: Sequence[MicroBatch], target_count: Tensor, loss_weight: float
     ) -> Tensor:
         """Accumulate gradients of the loss divided by target_count; this rank's share of it, fp64."""
         total = torch.zeros((), dtype=torch.float64, device=target_count.device)
+        self.micro_losses = []
         for number, batch in enumerate(batches, start=1):
             sync_gradients(self.model, self.zero_stage > 1 or number == len(batches))
             losses = self.model(
@@ -108,6 +111,7 @@ class SingleStage:
             loss = losses.sum() / target_count
             loss.backward()
             total += loss.detach()
+            self.micro_losses.append(losses.detach())
         return total
 
     def loss_sum(self, batches: Sequence[MicroBatch]) -> Tensor:
@@ -149,6 +153,8 @@ class Pipeline:
             micro_rows, tokens, dtype=torch.float32, device=mesh.device, requires_grad=True
         )
         self.target_count = torch.ones((), device=mesh.device)
+        self.micro_losses: list[Tensor] = []
+        """Of the last step's micro-batches, scalars; none on ranks without the last stage."""
         stages = [self._stage(n, part, mesh) for n, part in zip(self.numbers, self.parts, strict=True)]
         is_single = schedule is Schedule["1f1b"]
         self.schedule = SCHEDULES[schedule](
@@ -191,7 +197,8 @@ class Pipeline:
         target = targets if self.num_stages - 1 in self.numbers else None
         self.schedule.step(*first, target=target, losses=losses, **arguments)
         zero = torch.zeros((), dtype=torch.float64, device=tokens.device)
-        return sum((loss.detach().double() for loss in losses), zero)
+        self.micro_losses = [loss.detach() for loss in losses]
+        return sum((loss.double() for loss in self.micro_losses), zero)
 
     def loss_sum(self, batches: Sequence[MicroBatch]) -> Tensor:
         """As SingleStage's, one micro-batch after the other; 0 on ranks without the last stage."""

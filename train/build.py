@@ -30,6 +30,7 @@ from parallel.pipeline import Pipeline, SingleStage
 from parallel.placement import Shard
 from train.checkpoint import Resume, find_checkpoint, load_checkpoint, set_results_aside
 from train.config import ConfigError, Device, Precision, RunConfig, user_errors
+from train.health import Health
 from train.metrics import MetricsWriter
 from train.optimizer import build_optimizer
 from train.signals import StopRequest
@@ -87,6 +88,7 @@ class Run:
     biases: dict[str, Tensor]
     """Router biases of this rank's layers by the names that a checkpoint has for them; {} if unused."""
     progress: RunProgress
+    health: Health
     stop: StopRequest
     metrics: MetricsWriter | None
     """Rank 0 only."""
@@ -140,12 +142,14 @@ def build_run(stages: list[Stage], stage: Stage, mesh: Mesh, stop: StopRequest, 
         for router in part.routers()
         if cfg.router.balancing is Balancing.bias
     }
-    progress = RunProgress()
+    progress, health = RunProgress(), Health(cfg.health)
     if found is not None:
         manifest = load_checkpoint(found, shards=shards, optimizer=optimizer, biases=biases)
         with user_errors():
             progress = RunProgress(**manifest["progress"])
             loader.load_state_dict(manifest["data"], step=progress.step)
+        if "health" in manifest:  # else saved before there was any
+            health.load_state_dict(manifest["health"])
         if "consumed" not in manifest["progress"]:  # saved before stages were counted
             progress.count_sources("before", manifest["data"]["source_tokens"])
         log.info("resumed from %s", found)
@@ -160,8 +164,8 @@ def build_run(stages: list[Stage], stage: Stage, mesh: Mesh, stop: StopRequest, 
         )
         metrics.start_wandb(cfg.wandb, name=cfg.name, run_dir=run_dir, config=asdict(cfg))
     return Run(
-        stages, stage, mesh, parts, engine, shards, optimizer, loader, held_out, biases, progress, stop,
-        metrics,
+        stages, stage, mesh, parts, engine, shards, optimizer, loader, held_out, biases, progress, health,
+        stop, metrics,
     )  # fmt: skip
 
 

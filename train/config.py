@@ -24,6 +24,7 @@ from parallel.config import SPLIT_BACKWARD, MoEConfig, ParallelConfig, Recompute
 from train.checkpoint import CheckpointConfig
 from train.curriculum import StageConfig
 from train.dashboards import WandbConfig
+from train.health import HealthConfig
 from train.metrics import LogConfig
 from train.optimizer import OptimizerConfig
 from train.schedule import ScheduleConfig
@@ -121,6 +122,7 @@ class RunConfig:
     curriculum: list[StageConfig] = field(default_factory=list)
     """Stages, one after the other; none = one stage of train.steps."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

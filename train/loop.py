@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 def train(run: Run) -> tuple[Ending, str]:
     """Train to the last step, a stop request or a stage on another layout; the last thing done is a save.
 
+    A run that skips too many steps in a row ends as FAILED, unsaved.
+
     Returns:
         How the run ended, and why.
     """
@@ -43,6 +45,9 @@ def train(run: Run) -> tuple[Ending, str]:
                 eval_loss = evaluate(run)
         if step == 1 or last or step % cfg.log.every == 0 or eval_loss is not None:
             recorder.record(result, eval_loss)
+        if reason := run.health.gave_up:
+            log.error("%s", reason)
+            return Ending.FAILED, reason
         following = stage_of(run.stages, step)
         moves = not last and following.cfg.parallel != cfg.parallel
         is_due = cfg.checkpoint.every is not None and step % cfg.checkpoint.every == 0
@@ -68,6 +73,7 @@ def save(run: Run) -> None:
     facts = {
         "progress": asdict(run.progress),
         "data": data,
+        "health": run.health.state_dict(),
         "config": asdict(run.cfg),
         "torch": torch.__version__,
     }

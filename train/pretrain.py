@@ -66,9 +66,7 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
             overlaps=cfg.moe.overlap_groups > 1,
         )
         if holder := from_leader(lock.holder, mesh):
-            raise ConfigError(
-                f"run_dir={run_dir} is in use by {holder}; stop it, or use another run_dir"
-            )
+            raise ConfigError(f"run_dir={run_dir} is in use by {holder}; stop it, or use another run_dir")
         if leader:
             clear_sentinels(run_dir)
             (run_dir / "config.yaml").write_text(resolved, encoding="utf-8")

@@ -20,7 +20,7 @@ class Ending(StrEnum):
     FAILED = "FAILED"
 
 
-EXIT_CODES = {Ending.DONE: 0, Ending.REQUEUE: 75}
+EXIT_CODES = {Ending.DONE: 0, Ending.REQUEUE: 75, Ending.FAILED: 1}
 
 
 class StopRequest:

@@ -1,5 +1,6 @@
 """One optimizer step; the loss is the mean over the target tokens of the global batch, on any layout."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ from parallel.grad import clip_factor, square_sum
 from parallel.pipeline import MicroBatch
 from parallel.placement import collect_gradients, drop_gradients
 from train.build import Run
+from train.health import find_non_finite
 from train.optimizer import clipped_step, set_lr
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def train_step(run: Run, batches: Sequence[Batch]) -> StepResult:
     sums = all_reduce_sum(torch.stack([loss, squares, squares.new_tensor(run.stop.is_set)]), run.mesh.world)
     loss_sum, square, stops = sums.tolist()  # the one host read of a step
     grad_norm = math.sqrt(square)
-    skipped = not math.isfinite(loss_sum + grad_norm)
+    skipped = run.health.judge(loss_sum, grad_norm)
     progress.advance(cfg.batch.global_tokens, skipped=skipped)
     lr = run.stage.lr_at(progress.tokens, run.total_tokens)
     if not skipped:
@@ -55,8 +59,19 @@ def train_step(run: Run, batches: Sequence[Batch]) -> StepResult:
         clipped_step(run.optimizer, run.shards, clip_factor(sums[1], cfg.optimizer.max_grad_norm))
         for router in run.routers:
             router.end_step()
+    elif not math.isfinite(loss_sum + grad_norm):
+        warn_of_source(run, loss_sum)
     drop_gradients(run.shards)
     return StepResult(loss_sum, grad_norm, lr, skipped, stops > 0)
+
+
+def warn_of_source(run: Run, loss_sum: float) -> None:
+    """Say where non-finite values arose, if it was on this rank."""
+    dp, micro_rows = run.mesh.dp, run.cfg.batch.micro_rows
+    shards = run.shards if math.isfinite(loss_sum) else []  # a bad loss spoils every rank's gradients
+    found = find_non_finite(run.engine.micro_losses, shards, dp=dp, micro_rows=micro_rows)
+    if found:
+        log.warning("step %d: non-finite on rank %d: %s", run.progress.step, run.mesh.rank, found)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -289,14 +290,16 @@ def test_non_finite_gradients_skip_one_step(base: tuple[Path, list[str]], tmp_pa
         "train.steps=4",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=ROOT,
         env=environment,
         check=True,
         capture_output=True,
+        text=True,
         timeout=120,
     )
+    assert re.search(r"step 3: non-finite on rank 0: gradient of blocks\.0\.\S+$", result.stdout, re.M)
     assert [record["skipped"] for record in lines(tmp_path)] == [0, 0, 1, 0]
     assert np.isnan(column(tmp_path, "grad_norm")).tolist() == [False, False, True, False]
     second, third, fourth = (tensors(tmp_path / f"checkpoints/step-{step}") for step in (2, 3, 4))

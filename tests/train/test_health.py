@@ -1,0 +1,128 @@
+"""Numbers that go wrong in real processes: who sees it, what is skipped, when the run ends."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from parallel.mesh import Axis
+from tests.train.test_pretrain import ROOT, ending, lines, tensors
+from train.health import Health, HealthConfig, find_non_finite
+
+POISON = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+from model.transformer import Head, Transformer
+inner, head, number = Transformer.forward, Head.forward, [-1]
+def forward(self, *arguments, **named):
+    number[0] = -1 if named.get("number") is None else int(named["number"].view(-1)[0])
+    return inner(self, *arguments, **named)
+def poisoned(self, x, targets):
+    if number[0] in {numbers!r} and os.environ.get("RANK", "0") in {ranks!r}:
+        x = x.clone()
+        x[{row}] *= {factor}
+    return head(self, x, targets)
+Transformer.forward, Head.forward = forward, poisoned
+sys.argv[0] = {root!r} + "/train/pretrain.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def poisoned_run(
+    tmp_path: Path,
+    *overrides: str,
+    numbers: list[int],
+    row: int = 1,
+    factor: str = "float('nan')",
+    ranks: str = "01",
+    processes: int = 0,
+) -> subprocess.CompletedProcess[str]:
+    """Run with what the head reads multiplied in one row of some micro-batches (by `MicroBatch.number`)."""
+    script = tmp_path / "poison.py"
+    script.write_text(
+        POISON.format(root=str(ROOT), ranks=list(ranks), numbers=numbers, row=row, factor=factor)
+    )
+    start = [sys.executable]
+    if processes:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [*start, str(script), "conf=debug", f"run_dir={tmp_path}/run", *overrides],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("layout", "where"),
+    [
+        ([], "micro-batch 1, rows [7] of the step"),
+        (["parallel.pp=2", "parallel.schedule=1f1b"], "micro-batch 1, rows [2, 3] of the step"),
+    ],
+    ids=["dp", "pp"],
+)
+def test_nan_on_one_rank_skips_one_step_on_all_and_is_named(
+    layout: list[str], where: str, license_corpus: Path, tmp_path: Path
+) -> None:
+    number = 2 * 4 + 1 if layout else 2 * 2 + 1  # micro-batch 1 of step 3
+    result = poisoned_run(
+        tmp_path, *layout, f"data.sources=[{{path: {license_corpus}}}]", "train.steps=4",
+        "checkpoint.every=1", "checkpoint.keep=null", numbers=[number], ranks="1", processes=2,
+    )  # fmt: skip
+    said = result.stdout + result.stderr
+    assert result.returncode == 0, said
+    assert f"step 3: non-finite on rank 1: loss of {where}" in said and said.count("non-finite on") == 1
+    assert [record["skipped"] for record in lines(tmp_path / "run")] == [0, 0, 1, 0]
+    second, third, fourth = (tensors(tmp_path / f"run/checkpoints/step-{step}") for step in (2, 3, 4))
+    assert {name.split("/")[0] for name in second} == {f"rank-0000{r}.safetensors" for r in range(2)}
+    assert all(np.array_equal(second[key], third[key]) for key in second)
+    assert not all(np.array_equal(third[key], fourth[key]) for key in third)
+    manifests = [
+        json.loads((tmp_path / f"run/checkpoints/step-{step}/manifest.json").read_text()) for step in (3, 4)
+    ]
+    assert [each["health"]["skips_in_row"] for each in manifests] == [1, 0]
+
+
+def test_skips_in_a_row_end_the_run_over_a_resume(license_corpus: Path, tmp_path: Path) -> None:
+    """Two before a planned end, one after: the count is part of the checkpoint."""
+    overrides = [
+        f"data.sources=[{{path: {license_corpus}}}]", "health.max_skips_in_row=3", "checkpoint.every=1",
+        "checkpoint.keep=null",
+    ]  # fmt: skip
+    bad = list(range(2 * 4, 100))  # from step 3 on
+    first = poisoned_run(tmp_path, *overrides, "train.steps=4", numbers=bad)
+    assert first.returncode == 0, first.stderr
+    second = poisoned_run(tmp_path, *overrides, "train.steps=20", numbers=bad)
+    assert second.returncode == 1
+    kind, facts = ending(tmp_path / "run")
+    assert (kind, facts["code"], facts["step"]) == ("FAILED", 1, 5)
+    assert facts["reason"].startswith("3 steps in a row were skipped (health.max_skips_in_row=3)")
+    assert facts["reason"] in second.stdout
+    assert [record["step"] for record in lines(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    saved = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert saved == ["step-1", "step-2", "step-3", "step-4"]
+
+
+def test_judging_without_a_limit_goes_on() -> None:
+    health = Health(HealthConfig(max_skips_in_row=None))
+    assert all(health.judge(float("nan"), 1.0) for _ in range(50)) and not health.gave_up
+    health = Health(HealthConfig(max_skips_in_row=2))
+    assert health.judge(1.0, float("inf")) and not health.judge(1.0, 1.0) and health.judge(float("nan"), 1.0)
+    assert not health.gave_up
+    assert health.judge(1.0, float("nan")) and health.gave_up.startswith("2 steps in a row")
+
+
+def test_find_non_finite_names_few_of_many() -> None:
+    losses = [torch.tensor([[1.0, float("nan")], [1.0, 1.0]])] * 8
+    found = find_non_finite(losses, [], dp=Axis("dp", 2, (0, 1, 2)), micro_rows=2)
+    assert found.startswith("loss of micro-batch 0, rows [4] of the step; loss of micro-batch 1, rows [10]")
+    assert found.endswith(" and 3 more")
+    assert find_non_finite([torch.ones(2, 2)], [], dp=Axis("dp", 0, (0,)), micro_rows=2) == ""
+
+
+def test_limits_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"health.max_skips_in_row=0 must be at least 1"):
+        HealthConfig(max_skips_in_row=0)
