@@ -1,11 +1,13 @@
-"""Numbers that go wrong: where a non-finite value arose, and when a run that keeps skipping ends.
+"""Numbers that go wrong: what is a spike, which step is skipped, where a non-finite value arose.
 
 Invariant: decisions follow from values that are the same on every rank, so all ranks decide alike.
 """
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -17,15 +19,32 @@ from parallel.placement import Shard
 NAMED = 5  # things that a message spells out
 
 
+class OnSpike(StrEnum):
+    """What follows a spike."""
+
+    log = "log"
+    skip = "skip"
+
+
 @dataclass(kw_only=True)
 class HealthConfig:
     """What a run does about numbers that go wrong."""
 
+    window: int = 128
+    """Steps over which mean and deviation are taken; from half as many on, a step can be a spike."""
+    spike_sigmas: float = 6.0
+    """Deviations above the mean at which loss or gradient norm is a spike."""
+    on_spike: OnSpike = OnSpike.log
+    """log: say so; skip: and leave weights, moments and the window alone."""
     max_skips_in_row: int | None = 10
     """Skipped steps in a row at which the run ends as FAILED, without saving; null = never."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        if self.window < 4:
+            raise ValueError(f"health.window={self.window} must be at least 4")
+        if self.spike_sigmas <= 0:
+            raise ValueError(f"health.spike_sigmas={self.spike_sigmas} must be above 0")
         if self.max_skips_in_row is not None and self.max_skips_in_row < 1:
             raise ValueError(
                 f"health.max_skips_in_row={self.max_skips_in_row} must be at least 1, or null = never"
@@ -38,10 +57,29 @@ class Health:
     def __init__(self, cfg: HealthConfig) -> None:
         self.cfg = cfg
         self.skips_in_row = 0
+        self.windows = {key: deque[float](maxlen=cfg.window) for key in ("loss", "grad_norm")}
+        """Finite values of steps that were not skipped, oldest first."""
+        self.score: float | None = None
+        """Deviations above the mean, the larger of the two, at the last step; None = cannot be told."""
+        self.spike = ""
+        """What was a spike at the last step; "" = nothing."""
 
     def judge(self, loss: float, grad_norm: float) -> bool:
         """Whether the step is skipped, once a step, before its update."""
-        skipped = not math.isfinite(loss + grad_norm)
+        values = {"loss": loss, "grad_norm": grad_norm}
+        skipped, self.score, self.spike = not math.isfinite(loss + grad_norm), None, ""
+        if not skipped and 2 * len(self.windows["loss"]) >= self.cfg.window:
+            scores = {key: deviations(value, self.windows[key]) for key, value in values.items()}
+            key, self.score = max(scores.items(), key=lambda item: item[1])
+            if self.score > self.cfg.spike_sigmas:
+                skipped = self.cfg.on_spike is OnSpike.skip
+                size = len(self.windows[key])
+                self.spike = (
+                    f"{key} {values[key]:.4g} is {self.score:.1f} deviations above that of {size} steps"
+                )
+        if not skipped:
+            for key, value in values.items():
+                self.windows[key].append(value)
         self.skips_in_row = self.skips_in_row + 1 if skipped else 0
         return skipped
 
@@ -52,17 +90,27 @@ class Health:
         if limit is None or self.skips_in_row < limit:
             return ""
         return (
-            f"{self.skips_in_row} steps in a row were skipped (health.max_skips_in_row={limit}); this step was "
-            "not saved, the last checkpoint is from before"
+            f"{self.skips_in_row} steps in a row were skipped (health.max_skips_in_row={limit}); this step "
+            "was not saved, the last checkpoint is from before"
         )
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {"skips_in_row": self.skips_in_row}
+        windows = {key: list(values) for key, values in self.windows.items()}
+        return {"skips_in_row": self.skips_in_row, "windows": windows}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""
         self.skips_in_row = state["skips_in_row"]
+        for key, values in state["windows"].items():
+            self.windows[key].extend(values)
+
+
+def deviations(value: float, window: Sequence[float]) -> float:
+    """How many standard deviations a value lies above the mean of a window."""
+    mean = math.fsum(window) / len(window)
+    deviation = math.sqrt(math.fsum((each - mean) ** 2 for each in window) / len(window))
+    return (value - mean) / max(deviation, 1e-6 * abs(mean), 1e-12)  # a flat window makes no spike of noise
 
 
 @torch.no_grad()

@@ -97,11 +97,18 @@ class Recorder:
         self.run = run
         self.throughput = Throughput(run.progress.tokens)
         self.squares = self.lengths = self.skipped = self.steps = 0
+        self.spike_score: float | None = None
 
     def observe(self, batches: Sequence[Batch], result: StepResult) -> None:
         """Note what a step did, and its document lengths: attention's work depends on them."""
         self.steps += 1
         self.skipped += result.skipped
+        health = self.run.health
+        if health.score is not None:
+            self.spike_score = max(health.score, self.spike_score or health.score)
+        if health.spike and self.run.metrics is not None:
+            done = "skipped" if result.skipped else "not skipped"
+            log.warning("step %d: spike, %s: %s", self.run.progress.step, done, health.spike)
         for batch in batches:
             lengths = batch.offsets.diff(dim=1).double()
             self.squares += int(lengths.square().sum())
@@ -130,6 +137,7 @@ class Recorder:
             "mfu": speed * flops / (peak * run.mesh.world_size) if peak else None,
             "max_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
             "skipped": self.skipped,
+            "spike_score": self.spike_score,
             "padding": counts.padding_fraction,
             "truncated_tokens": counts.truncated_tokens,
             "data_wait_ms": 1000 * run.loader.read_wait_seconds() / self.steps,
@@ -140,3 +148,4 @@ class Recorder:
         if run.metrics is not None:
             run.metrics.write(record, {"step": progress.step, **experts.record()})
         self.squares = self.lengths = self.skipped = self.steps = 0
+        self.spike_score = None

@@ -32,7 +32,7 @@ class StepResult:
     lr: float
     """Learning rate of this step."""
     skipped: bool
-    """A non-finite loss or norm: nothing was updated."""
+    """A non-finite loss or norm, or a spike: nothing was updated."""
     stop: bool
     """Some rank was asked to stop."""
 

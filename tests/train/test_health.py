@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 import torch
 
 from parallel.mesh import Axis
-from tests.train.test_pretrain import ROOT, ending, lines, tensors
-from train.health import Health, HealthConfig, find_non_finite
+from tests.train.test_pretrain import ROOT, column, ending, lines, tensors
+from train.health import Health, HealthConfig, OnSpike, find_non_finite
 
 POISON = """
 import os, runpy, sys
@@ -59,7 +60,7 @@ def poisoned_run(
 @pytest.mark.parametrize(
     ("layout", "where"),
     [
-        ([], "micro-batch 1, rows [7] of the step"),
+        ([], "micro-batch 0, rows [3] of the step"),
         (["parallel.pp=2", "parallel.schedule=1f1b"], "micro-batch 1, rows [2, 3] of the step"),
     ],
     ids=["dp", "pp"],
@@ -67,7 +68,7 @@ def poisoned_run(
 def test_nan_on_one_rank_skips_one_step_on_all_and_is_named(
     layout: list[str], where: str, license_corpus: Path, tmp_path: Path
 ) -> None:
-    number = 2 * 4 + 1 if layout else 2 * 2 + 1  # micro-batch 1 of step 3
+    number = 2 * 4 + 1 if layout else 2 * 2  # of step 3
     result = poisoned_run(
         tmp_path, *layout, f"data.sources=[{{path: {license_corpus}}}]", "train.steps=4",
         "checkpoint.every=1", "checkpoint.keep=null", numbers=[number], ranks="1", processes=2,
@@ -106,6 +107,66 @@ def test_skips_in_a_row_end_the_run_over_a_resume(license_corpus: Path, tmp_path
     assert saved == ["step-1", "step-2", "step-3", "step-4"]
 
 
+SPIKY = ["health.window=8", "health.spike_sigmas=20", "checkpoint.every=1", "checkpoint.keep=null"]
+
+
+def health_at(run_dir: Path, step: int) -> dict:
+    return json.loads((run_dir / f"checkpoints/step-{step}/manifest.json").read_text())["health"]
+
+
+@pytest.mark.parametrize("action", ["skip", "log"])
+def test_a_spike_is_skipped_alike_on_all_ranks(action: str, license_corpus: Path, tmp_path: Path) -> None:
+    """Logits x 1000 in one row of one rank at step 8."""
+    result = poisoned_run(
+        tmp_path, f"data.sources=[{{path: {license_corpus}}}]", *SPIKY, "train.steps=9",
+        f"health.on_spike={action}", numbers=[2 * 7], factor="1000", ranks="1", processes=2,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    run_dir, skipped = tmp_path / "run", action == "skip"
+    records = lines(run_dir)
+    assert [record["skipped"] for record in records] == [0] * 7 + [int(skipped), 0]
+    assert [record["spike_score"] is None for record in records] == [True] * 4 + [False] * 5
+    assert records[7]["spike_score"] > 20 and np.isfinite(records[7]["loss"])
+    assert result.stdout.count("step 8: spike, skipped: " if skipped else "step 8: spike, not skipped: ") == 1
+    before, after = (tensors(run_dir / f"checkpoints/step-{step}") for step in (7, 8))
+    assert all(np.array_equal(before[key], after[key]) for key in before) is skipped
+    assert (health_at(run_dir, 7)["windows"] == health_at(run_dir, 8)["windows"]) is skipped
+    assert (records[7]["loss"] in health_at(run_dir, 8)["windows"]["loss"]) is not skipped
+
+
+def test_a_resumed_run_judges_spikes_alike(license_corpus: Path, tmp_path: Path) -> None:
+    overrides = [f"data.sources=[{{path: {license_corpus}}}]", *SPIKY, "health.on_spike=skip"]
+    spike = {"numbers": [4 * 7], "factor": "1000"}
+    for steps in ("train.steps=9", "train.steps=9"):
+        result = poisoned_run(tmp_path, *overrides, steps, **spike)
+        assert result.returncode == 0 and "step 8: spike, skipped" in result.stdout, result.stderr
+        if not (tmp_path / "whole").exists():
+            shutil.copytree(tmp_path / "run", tmp_path / "whole")
+            for step in (7, 8, 9):
+                shutil.rmtree(tmp_path / f"run/checkpoints/step-{step}")
+    for key in ("loss", "grad_norm", "spike_score", "skipped"):
+        assert column(tmp_path / "run", key).tolist() == column(tmp_path / "whole", key).tolist()
+    first, second = (tensors(tmp_path / f"{name}/checkpoints/step-9") for name in ("run", "whole"))
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+    assert health_at(tmp_path / "run", 9) == health_at(tmp_path / "whole", 9)
+
+
+def test_the_window_holds_finite_unskipped_values() -> None:
+    """A NaN does not blind the policy; under `log` a spike is part of what is usual from then on."""
+    health = Health(HealthConfig(window=4, on_spike=OnSpike.skip))
+    for loss in (1.0, 1.1, float("nan"), 1.0, 1.1):
+        health.judge(loss, 1.0)
+    assert list(health.windows["loss"]) == [1.0, 1.1, 1.0, 1.1]
+    assert not health.judge(1.2, 1.0) and health.score == pytest.approx(3.0)
+    assert health.judge(5.0, 1.0) and "loss 5 is" in health.spike
+    assert health.judge(1.1, 2.0) and "grad_norm 2 is" in health.spike
+    assert list(health.windows["loss"]) == [1.1, 1.0, 1.1, 1.2] and health.skips_in_row == 2
+    assert not health.judge(0.1, 1.0) and not health.spike  # below the mean is no spike
+    health = Health(HealthConfig(window=4))
+    assert not any(health.judge(loss, 1.0) for loss in (1.0, 1.1, 5.0)) and health.spike
+    assert list(health.windows["loss"]) == [1.0, 1.1, 5.0]
+
+
 def test_judging_without_a_limit_goes_on() -> None:
     health = Health(HealthConfig(max_skips_in_row=None))
     assert all(health.judge(float("nan"), 1.0) for _ in range(50)) and not health.gave_up
@@ -124,5 +185,6 @@ def test_find_non_finite_names_few_of_many() -> None:
 
 
 def test_limits_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"health.max_skips_in_row=0 must be at least 1"):
-        HealthConfig(max_skips_in_row=0)
+    for key, value in (("max_skips_in_row", 0), ("window", 3), ("spike_sigmas", 0.0)):
+        with pytest.raises(ValueError, match=rf"health.{key}={value} must be"):
+            HealthConfig(**{key: value})
