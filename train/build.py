@@ -35,6 +35,7 @@ from train.metrics import MetricsWriter
 from train.optimizer import build_optimizer
 from train.signals import StopRequest
 from train.stages import Stage, naming, stage_of, tokens_at, total_steps
+from train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class Run:
     progress: RunProgress
     health: Health
     stop: StopRequest
+    watchdog: Watchdog
     metrics: MetricsWriter | None
     """Rank 0 only."""
 
@@ -119,7 +121,9 @@ class Run:
         return tokens_at(self.stages, total_steps(self.stages))
 
 
-def build_run(stages: list[Stage], stage: Stage, mesh: Mesh, stop: StopRequest, console: Console) -> Run:
+def build_run(
+    stages: list[Stage], stage: Stage, mesh: Mesh, stop: StopRequest, watchdog: Watchdog, console: Console
+) -> Run:
     """Build model, optimizer and data for a stage, and go on from a checkpoint where there is one.
 
     Raises:
@@ -165,7 +169,7 @@ def build_run(stages: list[Stage], stage: Stage, mesh: Mesh, stop: StopRequest, 
         metrics.start_wandb(cfg.wandb, name=cfg.name, run_dir=run_dir, config=asdict(cfg))
     return Run(
         stages, stage, mesh, parts, engine, shards, optimizer, loader, held_out, biases, progress, health,
-        stop, metrics,
+        stop, watchdog, metrics,
     )  # fmt: skip
 
 

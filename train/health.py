@@ -39,12 +39,26 @@ class HealthConfig:
     max_skips_in_row: int | None = 10
     """Skipped steps in a row at which the run ends as FAILED, without saving; null = never."""
 
+    setup_timeout_s: float | None = None
+    """Seconds from the ranks' meeting to the first step at which a rank counts as hung and ends the job with
+    code 75; null = never. Text that is still to be tokenized counts."""
+    step_timeout_s: float | None = None
+    """The same for one step; the first one may compile."""
+    eval_timeout_s: float | None = None
+    """The same for one evaluation."""
+    checkpoint_timeout_s: float | None = None
+    """The same for one save."""
+
     def __post_init__(self) -> None:
         """Check the ranges."""
         if self.window < 4:
             raise ValueError(f"health.window={self.window} must be at least 4")
         if self.spike_sigmas <= 0:
             raise ValueError(f"health.spike_sigmas={self.spike_sigmas} must be above 0")
+        for key in ("setup_timeout_s", "step_timeout_s", "eval_timeout_s", "checkpoint_timeout_s"):
+            limit = getattr(self, key)
+            if limit is not None and limit <= 0:
+                raise ValueError(f"health.{key}={limit} must be above 0, or null = never")
         if self.max_skips_in_row is not None and self.max_skips_in_row < 1:
             raise ValueError(
                 f"health.max_skips_in_row={self.max_skips_in_row} must be at least 1, or null = never"

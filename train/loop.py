@@ -34,14 +34,16 @@ def train(run: Run) -> tuple[Ending, str]:
         return Ending.DONE, "the last step was reached before"
     recorder = Recorder(run)
     while True:
-        with user_errors():
-            batches = run.loader.next_step()
-        result = train_step(run, batches)
+        limits = run.cfg.health
+        with run.watchdog.section(f"step {progress.step + 1}", limits.step_timeout_s):
+            with user_errors():
+                batches = run.loader.next_step()
+            result = train_step(run, batches)
         recorder.observe(batches, result)
         cfg, step, last = run.cfg, progress.step, progress.step >= end
         eval_loss = None
         if cfg.eval.every is not None and (last or step % cfg.eval.every == 0):
-            with recorder.throughput.paused():
+            with recorder.throughput.paused(), run.watchdog.section("evaluation", limits.eval_timeout_s):
                 eval_loss = evaluate(run)
         if step == 1 or last or step % cfg.log.every == 0 or eval_loss is not None:
             recorder.record(result, eval_loss)
@@ -52,7 +54,10 @@ def train(run: Run) -> tuple[Ending, str]:
         moves = not last and following.cfg.parallel != cfg.parallel
         is_due = cfg.checkpoint.every is not None and step % cfg.checkpoint.every == 0
         if last or result.stop or moves or is_due:
-            with recorder.throughput.paused():
+            with (
+                recorder.throughput.paused(),
+                run.watchdog.section("checkpoint", limits.checkpoint_timeout_s),
+            ):
                 save(run)
         if last:
             return Ending.DONE, "train.steps reached"

@@ -35,6 +35,7 @@ from train.log import set_up_logging
 from train.loop import train
 from train.signals import EXIT_CODES, Ending, StopRequest, clear_sentinels, write_sentinel
 from train.stages import build_stages, stage_of, validate_stages
+from train.watchdog import Watchdog
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="pretrain")
@@ -70,7 +71,9 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
         if leader:
             clear_sentinels(run_dir)
             (run_dir / "config.yaml").write_text(resolved, encoding="utf-8")
-        run = build_run(stages, stage, mesh, stop, console)
+        watchdog = Watchdog(mesh.rank)
+        with watchdog.section("setup", cfg.health.setup_timeout_s):
+            run = build_run(stages, stage, mesh, stop, watchdog, console)
         ending, reason = train(run)
     except (ConfigError, NoCheckpointError) as error:
         fail(run_dir, str(error), 3 if isinstance(error, NoCheckpointError) else 2)

@@ -1,0 +1,91 @@
+"""A process that hangs ends itself and says where; limits hold for the section that it is in."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.test_rank_failure import workers
+from tests.train.test_pretrain import ROOT, command
+from train.health import HealthConfig
+
+
+def in_a_process(body: str) -> subprocess.CompletedProcess[str]:
+    code = f"import time\nfrom train.watchdog import Watchdog\ndog = Watchdog(3)\n{body}"
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )  # fmt: skip
+
+
+def is_running(process: int) -> bool:
+    status = Path(f"/proc/{process}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_section_over_its_limit_ends_the_process() -> None:
+    result = in_a_process(
+        "def stuck(): time.sleep(30)\nwith dog.section('setup', 0.5):\n    stuck()\nprint('not reached')"
+    )
+    assert result.returncode == 75 and result.stdout == ""
+    assert "rank 3 hangs in setup; stacks of all threads:" in result.stderr
+    assert "in stuck" in result.stderr
+
+
+def test_a_section_within_pauses_the_one_around_it() -> None:
+    """0.9 s within do not count for the 0.8 s around, and no limit outlives its section."""
+    result = in_a_process(
+        "with dog.section('step', 0.8):\n"
+        "    with dog.section('save', None): time.sleep(0.9)\n"
+        "    time.sleep(0.2)\n"
+        "time.sleep(0.9)\n"
+        "print('reached', flush=True)\n"
+        "with dog.section('step', 0.5): time.sleep(30)"
+    )
+    assert result.stdout == "reached\n" and result.returncode == 75
+    assert "rank 3 hangs in step" in result.stderr
+
+
+def test_a_stopped_rank_takes_the_job_down(license_corpus: Path, tmp_path: Path) -> None:
+    overrides = ["conf=debug", f"data.sources=[{{path: {license_corpus}}}]", "train.steps=100000"]
+    ranks: dict[int, int] = {}
+    said, metrics = tmp_path / "said.txt", tmp_path / "run/metrics.jsonl"
+    with said.open("w") as file:
+        job = subprocess.Popen(
+            command(*overrides, "health.step_timeout_s=5", f"run_dir={tmp_path}/run", processes=2),
+            cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 90
+        while not metrics.exists() or metrics.read_text().count("\n") < 3:
+            assert job.poll() is None and time.monotonic() < deadline, said.read_text()
+            time.sleep(0.1)
+        ranks = workers(job.pid)
+        os.kill(ranks[1], signal.SIGSTOP)
+        stopped = time.monotonic()
+        while is_running(ranks[0]):
+            assert time.monotonic() < stopped + 10, said.read_text()
+            time.sleep(0.1)
+        os.kill(ranks[1], signal.SIGKILL)  # the launcher would wait 30 s for it before it does the same
+        assert job.wait(10) != 0
+    finally:
+        job.kill()
+        for rank in filter(is_running, ranks.values()):
+            os.kill(rank, signal.SIGKILL)
+    text = said.read_text()
+    assert re.search(r"rank 0 hangs in step \d+; stacks of all threads:", text), text
+    assert "in train_step" in text and re.search(r"exitcode\s*: 75", text)
+    assert not any((tmp_path / "run" / name).exists() for name in ("DONE", "REQUEUE", "FAILED"))
+
+
+@pytest.mark.parametrize(
+    "key", ["setup_timeout_s", "step_timeout_s", "eval_timeout_s", "checkpoint_timeout_s"]
+)
+def test_limits_are_checked(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"health.{key}=0 must be above 0, or null = never"):
+        HealthConfig(**{key: 0})
