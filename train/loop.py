@@ -109,8 +109,8 @@ class Recorder:
         self.steps += 1
         self.skipped += result.skipped
         health = self.run.health
-        if health.score is not None:
-            self.spike_score = max(health.score, self.spike_score or health.score)
+        scores = [score for score in (self.spike_score, health.score) if score is not None]
+        self.spike_score = max(scores, default=None)
         if health.spike and self.run.metrics is not None:
             done = "skipped" if result.skipped else "not skipped"
             log.warning("step %d: spike, %s: %s", self.run.progress.step, done, health.spike)
