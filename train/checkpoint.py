@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.collectives import barrier
+from parallel.collectives import all_gather, barrier
 from parallel.mesh import Mesh
 from parallel.placement import Shard, publish
 from train.optimizer import moments, set_step
 from train.storage import (
     Box,
     CheckpointError,
+    FileFacts,
     checkpoints_in,
     commit,
     read_boxes,
@@ -86,14 +87,21 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
     barrier(mesh.world)
     mine = [shard for shard in shards if shard.is_first]
-    write_shard(temporary, mesh.rank, _boxes(mine, optimizer, {} if mesh.stage.rank else biases))
-    barrier(mesh.world)
+    written = write_shard(temporary, mesh.rank, _boxes(mine, optimizer, {} if mesh.stage.rank else biases))
+    files = _gather_files(written, mesh)
     if mesh.rank == 0:
-        commit(temporary, final, mesh.world_size, {"step": step, "git_commit": _git_commit(), **facts})
+        commit(temporary, final, files, {"step": step, "git_commit": _git_commit(), **facts})
         for _, path in list(checkpoints_in(root))[keep:] if keep else []:
             shutil.rmtree(path)
     barrier(mesh.world)
     return final
+
+
+def _gather_files(written: FileFacts, mesh: Mesh) -> list[FileFacts]:
+    """Every rank's file, in the order of ranks."""
+    numbers = torch.tensor([[written.size, *bytes.fromhex(written.sha256)]], device=mesh.device)
+    rows = all_gather(numbers, mesh.world).tolist()
+    return [FileFacts(size, bytes(digest).hex()) for size, *digest in rows]
 
 
 def find_checkpoint(run_dir: Path, resume: Resume) -> Path | None:

@@ -4,11 +4,12 @@ A rank reads the boxes that overlap its own, so any layout restores any other. A
 beside its final name and renamed when complete; without a manifest it is no checkpoint.
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,28 +37,48 @@ class Box:
     """Global index of the part's first element."""
 
 
-def write_shard(folder: Path, rank: int, boxes: Mapping[str, Box]) -> None:
-    """Write this rank's boxes into `folder`, durably."""
+@dataclass(frozen=True)
+class FileFacts:
+    """What a file of a checkpoint must be."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+    """Of all bytes, hexadecimal."""
+
+
+def write_shard(folder: Path, rank: int, boxes: Mapping[str, Box]) -> FileFacts:
+    """Write this rank's boxes into `folder`, durably; what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     layout = {name: {"shape": box.shape, "offset": box.offset} for name, box in boxes.items()}
     path = folder / f"rank-{rank:05d}.safetensors"
     tensors = {name: box.tensor.detach().cpu().contiguous() for name, box in boxes.items()}
     save_file(tensors, path, metadata={"layout": json.dumps(layout)})
     _sync(path)
+    return measure(path)
 
 
-def commit(folder: Path, final: Path, world_size: int, facts: Mapping[str, Any]) -> None:
+def measure(path: Path) -> FileFacts:
+    """Size and hash of a file; sha256, as it is in the standard library and tells a forged file, too."""
+    with path.open("rb") as file:
+        return FileFacts(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def commit(folder: Path, final: Path, files: Sequence[FileFacts], facts: Mapping[str, Any]) -> None:
     """Write the manifest from the ranks' files and give the folder its final name; one rank, after all."""
     tensors: dict[str, Any] = {}
-    for rank in range(world_size):
+    known: dict[str, Any] = {}
+    for rank, file_facts in enumerate(files):
         name = f"rank-{rank:05d}.safetensors"
+        known[name] = asdict(file_facts)
         with safe_open(folder / name, framework="pt") as file:
             layout = json.loads(file.metadata()["layout"])
             for key, place in layout.items():
                 entry = tensors.setdefault(key, {"shape": place["shape"], "parts": []})
                 size = file.get_slice(key).get_shape()
                 entry["parts"].append({"file": name, "offset": place["offset"], "shape": size})
-    text = json.dumps({"format": FORMAT, **facts, "tensors": tensors}, indent=1)
+    manifest = {"format": FORMAT, **facts, "files": known, "tensors": tensors}
+    text = json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     _sync(folder / MANIFEST)
     _sync(folder)
@@ -83,6 +104,38 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {manifest.get('format')}, this version reads {FORMAT}")
     return manifest
+
+
+def verify(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint folder: one line a file, with expected and actual; all bytes are read.
+
+    Raises:
+        CheckpointError: there is no readable manifest, or it is from before files were hashed.
+    """
+    manifest = read_manifest(folder)
+    if "files" not in manifest:
+        raise CheckpointError(f"{folder / MANIFEST}: holds no hashes; it was written before they were kept")
+    found = []
+    expected, actual = manifest.pop("checksum", None), _checksum(manifest)
+    if expected != actual:
+        found.append(f"{folder / MANIFEST}: checksum {actual}, expected {expected}")
+        return found  # what it says about the files is worth nothing
+    for name, facts in manifest["files"].items():
+        try:
+            is_now = measure(folder / name)
+        except OSError as error:
+            found.append(f"{folder / name}: not readable: {error.strerror}")
+            continue
+        if is_now.size != facts["size"]:
+            found.append(f"{folder / name}: {is_now.size} bytes, expected {facts['size']}")
+        elif is_now.sha256 != facts["sha256"]:
+            found.append(f"{folder / name}: sha256 {is_now.sha256}, expected {facts['sha256']}")
+    return found
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    """sha256 of the manifest's content, whatever its order and spacing."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def read_boxes(folder: Path, manifest: Mapping[str, Any], boxes: Mapping[str, Box]) -> None:

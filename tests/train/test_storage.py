@@ -1,0 +1,70 @@
+"""Checkpoint folders: damage is found, and named with what was expected."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.storage import Box, commit, verify, write_shard
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARD = "rank-00001.safetensors"
+
+
+def make(root: Path, step: int) -> Path:
+    folder = root / f".tmp-step-{step}"
+    values = torch.arange(8.0) + step
+    files = [write_shard(folder, r, {"w": Box(values[4 * r :][:4], (8,), (4 * r,))}) for r in (0, 1)]
+    commit(folder, root / f"step-{step}", files, {"step": step})
+    return root / f"step-{step}"
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def edit_manifest(path: Path) -> None:
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "step": 7}))
+
+
+def script(action: str, path: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts/checkpoint.py"), action, str(path)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        (SHARD, flip, "sha256"),
+        (SHARD, lambda path: path.write_bytes(path.read_bytes()[:-3]), "bytes, expected"),
+        (SHARD, Path.unlink, "not readable: No such file"),
+        (SHARD, lambda path: shutil.copy(path.parents[1] / "step-2" / SHARD, path), "sha256"),
+        ("manifest.json", edit_manifest, "checksum"),
+    ],
+    ids=["bit flip", "truncated", "deleted", "of another step", "manifest"],
+)
+def test_damage_is_named(name: str, damage: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
+    path, other = make(tmp_path, 1), make(tmp_path, 2)
+    assert verify(path) == verify(other) == []
+    damage(path / name)
+    (problem,) = verify(path)
+    assert problem.startswith(f"{path / name}: ") and reason in problem
+    assert verify(other) == []
+
+
+def test_script(tmp_path: Path) -> None:
+    path = make(tmp_path / "checkpoints", 1)
+    assert script("verify", tmp_path).returncode == script("inspect", path).returncode == 0
+    flip(path / SHARD)
+    result = script("verify", path)
+    assert result.returncode == 3 and result.stdout.startswith(f"{path / SHARD}: sha256 ")
+    (path / "manifest.json").write_text("")
+    assert script("verify", path).returncode == script("inspect", tmp_path / "none").returncode == 2
