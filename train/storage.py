@@ -7,6 +7,7 @@ beside its final name and renamed when complete; without a manifest it is no che
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from torch import Tensor
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+FILE_NAME = re.compile(r"rank-\d{5,}\.safetensors")
 
 
 class CheckpointError(RuntimeError):
@@ -59,7 +61,7 @@ def write_shard(folder: Path, rank: int, boxes: Mapping[str, Box]) -> FileFacts:
 
 
 def measure(path: Path) -> FileFacts:
-    """Size and hash of a file; sha256, as it is in the standard library and tells a forged file, too."""
+    """Size and hash of a file; sha256, because it is in the standard library and faster than a disk."""
     with path.open("rb") as file:
         return FileFacts(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
@@ -121,6 +123,9 @@ def verify(folder: Path) -> list[str]:
         found.append(f"{folder / MANIFEST}: checksum {actual}, expected {expected}")
         return found  # what it says about the files is worth nothing
     for name, facts in manifest["files"].items():
+        if not FILE_NAME.fullmatch(name):
+            found.append(f"{folder / MANIFEST}: names {name!r}, which no rank writes; it was not opened")
+            continue
         try:
             is_now = measure(folder / name)
         except OSError as error:

@@ -1,6 +1,7 @@
 """Checkpoint folders: damage is found, and named with what was expected."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.storage import Box, commit, verify, write_shard
+from tests.train.test_pretrain import pretrain
+from train.storage import Box, _checksum, commit, read_manifest, verify, write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARD = "rank-00001.safetensors"
@@ -58,6 +60,32 @@ def test_damage_is_named(name: str, damage: Callable[[Path], None], reason: str,
     (problem,) = verify(path)
     assert problem.startswith(f"{path / name}: ") and reason in problem
     assert verify(other) == []
+
+
+def test_a_name_that_leaves_the_folder_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.storage.FILE_NAME", re.compile(".*"))
+    path = make(tmp_path, 1)
+    content = json.loads((path / "manifest.json").read_text())
+    (tmp_path / "secret").write_text("x")
+    content["files"]["../secret"] = {"size": 1, "sha256": "0"}
+    del content["checksum"]
+    (path / "manifest.json").write_text(json.dumps({**content, "checksum": _checksum(content)}))
+    assert ["sha256" in line for line in verify(path)] == [True]  # opened, where any name is taken
+    monkeypatch.undo()
+    (problem,) = verify(path)
+    assert "names '../secret', which no rank writes" in problem
+
+
+def test_two_processes_write_what_verifies(license_corpus: Path, tmp_path: Path) -> None:
+    pretrain(
+        "conf=debug", f"data.sources=[{{path: {license_corpus}}}]", f"run_dir={tmp_path}", "train.steps=2",
+        processes=2,
+    )  # fmt: skip
+    path = tmp_path / "checkpoints/step-2"
+    assert sorted(read_manifest(path)["files"]) == ["rank-00000.safetensors", SHARD]
+    assert verify(path) == []
+    flip(path / SHARD)
+    assert len(verify(path)) == 1
 
 
 def test_script(tmp_path: Path) -> None:
