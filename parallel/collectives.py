@@ -98,3 +98,12 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return all_gather(grads[0], ctx.axis, dim=ctx.dim), None, None
+
+
+def from_leader(text: str, axis: Axis) -> str:
+    """The text of the axis's rank 0, on every rank; the others give ""."""
+    content = text.encode()
+    size = int(all_reduce_sum(torch.tensor(len(content)), axis))
+    sent = torch.zeros(size, dtype=torch.uint8)
+    sent[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
+    return bytes(all_reduce_sum(sent, axis).tolist()).decode()

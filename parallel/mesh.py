@@ -94,15 +94,28 @@ def slurm_job() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
-def init_mesh(
-    cfg: ParallelConfig,
-    device_type: str,
-    *,
-    pool_groups: int = 1,
-    overlaps: bool = False,
-    timeout_minutes: float = 10,
-) -> Mesh:
-    """Join the job's process group (none in one process) and lay both grids over it.
+def join_job(device_type: str, *, timeout_minutes: float = 10) -> Axis:
+    """Join the job's process group (none in one process); the axis of all ranks, for tensors of the host.
+
+    Args:
+        device_type: `cpu` (gloo) or `cuda` (gloo and NCCL).
+    """
+    world_size = launched_world_size()
+    if world_size > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    group = dist.group.WORLD if world_size > 1 else None
+    return Axis("world", launched_rank(), tuple(range(world_size)), group)
+
+
+def leave_job() -> None:
+    """Leave the process group, if there is one; a process that ends within it may end by SIGABRT."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def init_mesh(cfg: ParallelConfig, device_type: str, *, pool_groups: int = 1, overlaps: bool = False) -> Mesh:
+    """Join the job, unless done, and lay both grids over it.
 
     Args:
         device_type: `cpu` (gloo) or `cuda` (NCCL).
@@ -121,9 +134,7 @@ def init_mesh(
     if device_type == "cuda":
         device = torch.device("cuda", launched_local_rank())
         torch.cuda.set_device(device)
-    if world_size > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    join_job(device_type)
     dense = torch.arange(world_size).view(cfg.pp, dp, cfg.cp, cfg.tp)
     expert = torch.arange(world_size).view(cfg.pp, edp, cfg.ep, cfg.etp)
     grids = {
@@ -176,12 +187,6 @@ def _device_mesh(axis: Axis, device_type: str) -> DeviceMesh | None:
     if axis.group is None:
         return None
     return DeviceMesh.from_group(axis.group, device_type, mesh_dim_names=(axis.name,))
-
-
-def close_mesh(mesh: Mesh) -> None:
-    """Leave the process group."""
-    if mesh.world_size > 1:
-        dist.destroy_process_group()
 
 
 def set_determinism(on: bool) -> None:

@@ -7,7 +7,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # import from the reposi
 
 import argparse
 
-from train.storage import CheckpointError, checkpoints_in, read_manifest, verify
+from train.restore import read_manifest, verify
+from train.storage import CheckpointError, checkpoints_in
 
 
 def main() -> int:

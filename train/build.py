@@ -24,15 +24,16 @@ from model.flops import count_parameters
 from model.router import Router
 from model.transformer import Transformer
 from parallel.apply import build_parts, parallelize
-from parallel.collectives import all_reduce_sum
+from parallel.collectives import from_leader
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline, SingleStage
 from parallel.placement import Shard
-from train.checkpoint import Resume, find_checkpoint, load_checkpoint, set_results_aside
+from train.checkpoint import Resume
 from train.config import ConfigError, Device, Precision, RunConfig, user_errors
 from train.health import Health
 from train.metrics import MetricsWriter
 from train.optimizer import build_optimizer
+from train.resume import find_checkpoint, load_checkpoint, set_results_aside
 from train.signals import StopRequest
 from train.stages import Stage, naming, stage_of, tokens_at, total_steps
 from train.watchdog import Watchdog
@@ -266,7 +267,7 @@ def find_tokens(cfg: DataConfig, mesh: Mesh) -> list[str]:
         nonlocal beat
         if time.monotonic() > beat + BEAT_SECONDS:
             log.info("tokenized %d documents", documents)
-            from_leader("", mesh)  # so that no rank takes a long wait for a dead leader
+            from_leader("", mesh.world)  # so that no rank takes a long wait for a dead leader
             beat = time.monotonic()
 
     said = ""
@@ -276,21 +277,12 @@ def find_tokens(cfg: DataConfig, mesh: Mesh) -> list[str]:
             said = json.dumps({"prefixes": prefixes})
         except ValueError as error:
             said = json.dumps({"error": str(error)})
-    while not (heard := from_leader(said, mesh)):
+    while not (heard := from_leader(said, mesh.world)):
         pass
     found = json.loads(heard)
     if "error" in found:
         raise ValueError(found["error"])
     return found["prefixes"]
-
-
-def from_leader(text: str, mesh: Mesh) -> str:
-    """Rank 0's text, on every rank; the others give ""."""
-    content = text.encode()
-    size = int(all_reduce_sum(torch.tensor(len(content), device=mesh.device), mesh.world))
-    sent = torch.zeros(size, dtype=torch.uint8, device=mesh.device)
-    sent[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
-    return bytes(all_reduce_sum(sent, mesh.world).tolist()).decode()
 
 
 def device_type(device: Device) -> str:

@@ -17,16 +17,13 @@ from torch import Tensor
 
 from parallel.collectives import all_gather, barrier
 from parallel.mesh import Mesh
-from parallel.placement import Shard, publish
-from train.optimizer import moments, set_step
+from parallel.placement import Shard
+from train.optimizer import moments
 from train.storage import (
     Box,
-    CheckpointError,
     FileFacts,
     checkpoints_in,
     commit,
-    read_boxes,
-    read_manifest,
     write_shard,
 )
 
@@ -60,10 +57,6 @@ class CheckpointConfig:
                 raise ValueError(f"checkpoint.{key}={value} must be at least 1, or null")
 
 
-class NoCheckpointError(CheckpointError):
-    """checkpoint.resume=must, and there is none."""
-
-
 def save_checkpoint(
     run_dir: Path,
     step: int,
@@ -87,7 +80,9 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
     barrier(mesh.world)
     mine = [shard for shard in shards if shard.is_first]
-    written = write_shard(temporary, mesh.rank, _boxes(mine, optimizer, {} if mesh.stage.rank else biases))
+    written = write_shard(
+        temporary, mesh.rank, state_boxes(mine, optimizer, {} if mesh.stage.rank else biases)
+    )
     files = _gather_files(written, mesh)
     if mesh.rank == 0:
         commit(temporary, final, files, {"step": step, "git_commit": _git_commit(), **facts})
@@ -104,60 +99,7 @@ def _gather_files(written: FileFacts, mesh: Mesh) -> list[FileFacts]:
     return [FileFacts(size, bytes(digest).hex()) for size, *digest in rows]
 
 
-def find_checkpoint(run_dir: Path, resume: Resume) -> Path | None:
-    """The checkpoint to go on from.
-
-    Raises:
-        NoCheckpointError: `must`, and there is none.
-    """
-    if resume is Resume.never:
-        return None
-    newest = next(checkpoints_in(run_dir / "checkpoints"), None)
-    if newest is None:
-        if resume is Resume.must:
-            raise NoCheckpointError(
-                f"checkpoint.resume=must, but {run_dir}/checkpoints holds no complete step-N"
-            )
-        return None
-    return newest[1]
-
-
-def saved_step(run_dir: Path, resume: Resume) -> int:
-    """Step that a run goes on from; 0 if it starts. All ranks see the same folders.
-
-    Raises:
-        NoCheckpointError: `must`, and there is none.
-    """
-    found = find_checkpoint(run_dir, resume)
-    return 0 if found is None else int(found.name.removeprefix("step-"))
-
-
-def load_checkpoint(
-    path: Path, *, shards: Sequence[Shard], optimizer: torch.optim.Optimizer, biases: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """Fill weights, moments and router biases from a checkpoint of any layout; the manifest's facts."""
-    manifest = read_manifest(path)
-    read_boxes(path, manifest, _boxes(shards, optimizer, biases))
-    set_step(optimizer, shards, manifest["progress"]["optimizer_steps"])
-    publish(shards)
-    return manifest
-
-
-def set_results_aside(run_dir: Path) -> None:
-    """Move what an earlier run left into previous-N: a fresh run mixes with nothing, nothing is lost."""
-    names = ["checkpoints", "metrics.jsonl", "experts.jsonl"]
-    found = [run_dir / name for name in names if (run_dir / name).exists()]
-    if not found:
-        return
-    number = 1 + sum(1 for _ in run_dir.glob("previous-*"))
-    target = run_dir / f"previous-{number}"
-    target.mkdir()
-    for path in found:
-        path.rename(target / path.name)
-    log.warning("checkpoint.resume=never: earlier results moved to %s", target)
-
-
-def _boxes(
+def state_boxes(
     shards: Sequence[Shard], optimizer: torch.optim.Optimizer, biases: Mapping[str, Tensor]
 ) -> dict[str, Box]:
     """This rank's part of all that is saved as tensors."""

@@ -17,22 +17,24 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from parallel.collectives import from_leader
 from parallel.mesh import (
-    close_mesh,
     init_mesh,
+    join_job,
     launch_name,
     launched_local_rank,
     launched_rank,
     launched_world_size,
+    leave_job,
     set_determinism,
     slurm_job,
 )
-from train.build import build_run, device_type, from_leader
-from train.checkpoint import NoCheckpointError, saved_step
+from train.build import build_run, device_type
 from train.config import ConfigError, RunConfig, explain, load_config, register_schema, rewrite_conf
 from train.lock import RunLock, lock_holder, take_lock
 from train.log import set_up_logging
 from train.loop import train
+from train.resume import NoCheckpointError, saved_step
 from train.signals import EXIT_CODES, Ending, StopRequest, clear_sentinels, write_sentinel
 from train.stages import build_stages, stage_of, validate_stages
 from train.watchdog import Watchdog
@@ -57,17 +59,19 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
         lock = take_lock(run_dir, launch_name(), slurm_job()) if leader else RunLock(None, "")
         stages = build_stages(cfg)
         validate_stages(stages, launched_world_size())
-        stage = stage_of(stages, saved_step(run_dir, cfg.checkpoint.resume))
+        device = device_type(cfg.train.device)
         stop = StopRequest().install()
         set_determinism(cfg.train.deterministic)
+        world = join_job(device)
+        if holder := from_leader(lock.holder, world):
+            raise ConfigError(f"run_dir={run_dir} is in use by {holder}; stop it, or use another run_dir")
+        stage = stage_of(stages, saved_step(run_dir, cfg.checkpoint.resume))
         mesh = init_mesh(
             stage.cfg.parallel,
-            device_type(cfg.train.device),
-            pool_groups=stage.cfg.pool_groups(launched_world_size()),
+            device,
+            pool_groups=stage.cfg.pool_groups(world.size),
             overlaps=cfg.moe.overlap_groups > 1,
         )
-        if holder := from_leader(lock.holder, mesh):
-            raise ConfigError(f"run_dir={run_dir} is in use by {holder}; stop it, or use another run_dir")
         if leader:
             clear_sentinels(run_dir)
             (run_dir / "config.yaml").write_text(resolved, encoding="utf-8")
@@ -81,12 +85,13 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
         run.metrics.close()
     if leader:
         write_sentinel(run_dir, ending, code=EXIT_CODES[ending], step=run.progress.step, reason=reason)
-    close_mesh(mesh)
+    leave_job()
     return EXIT_CODES[ending]
 
 
 def fail(run_dir: Path, message: str, code: int) -> NoReturn:
-    """Say it in the run directory, unless another job is at work there, and end."""
+    """Say it in the run directory, unless another job is at work there, and end; every rank comes here."""
+    leave_job()
     if not lock_holder(run_dir, launch_name()):
         write_sentinel(run_dir, Ending.FAILED, code=code, step=None, reason=message)
     refuse(message, code)

@@ -29,9 +29,10 @@ from tests.parallel.harness import (
     run_cases,
     settled,
 )
-from train.checkpoint import load_checkpoint, save_checkpoint
+from train.checkpoint import save_checkpoint
 from train.config import ConfigError
 from train.optimizer import OptimizerConfig, build_optimizer, moments
+from train.resume import load_checkpoint
 
 # Sizes that divide by few axes: local parts of FSDP2 are uneven, some empty.
 MODEL = ModelConfig(

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests.train.test_pretrain import pretrain
-from train.storage import Box, _checksum, commit, read_manifest, verify, write_shard
+from train.restore import read_manifest, verify
+from train.storage import Box, checksum, commit, write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARD = "rank-00001.safetensors"
@@ -63,13 +64,13 @@ def test_damage_is_named(name: str, damage: Callable[[Path], None], reason: str,
 
 
 def test_a_name_that_leaves_the_folder_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.storage.FILE_NAME", re.compile(".*"))
+    monkeypatch.setattr("train.restore.FILE_NAME", re.compile(".*"))
     path = make(tmp_path, 1)
     content = json.loads((path / "manifest.json").read_text())
     (tmp_path / "secret").write_text("x")
     content["files"]["../secret"] = {"size": 1, "sha256": "0"}
     del content["checksum"]
-    (path / "manifest.json").write_text(json.dumps({**content, "checksum": _checksum(content)}))
+    (path / "manifest.json").write_text(json.dumps({**content, "checksum": checksum(content)}))
     assert ["sha256" in line for line in verify(path)] == [True]  # opened, where any name is taken
     monkeypatch.undo()
     (problem,) = verify(path)

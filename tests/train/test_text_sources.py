@@ -13,12 +13,13 @@ import torch.distributed as dist
 
 from data.config import DataConfig, SourceConfig
 from data.tokenizer import train_tokenizer
+from parallel.collectives import from_leader
 from parallel.config import ParallelConfig
-from parallel.mesh import Mesh, init_mesh
+from parallel.mesh import Axis, init_mesh
 from scripts.prepare_data import main
 from tests.dist import run_distributed
 from tests.train.test_pretrain import ROOT, column, command, ending, launch, pretrain
-from train.build import find_tokens, from_leader
+from train.build import find_tokens
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +130,9 @@ def wait_for_the_leader(rank: int, folder: str, cache: str) -> None:
     """Every batch is a beat, and each rank hears of all of them and of the end."""
     beats = []
 
-    def count(text: str, mesh: Mesh) -> str:
+    def count(text: str, axis: Axis) -> str:
         beats.append(text)
-        return from_leader(text, mesh)
+        return from_leader(text, axis)
 
     patch = pytest.MonkeyPatch()  # ends with this process
     patch.setattr("train.build.BEAT_SECONDS", 0)
