@@ -9,7 +9,7 @@ PIP := .venv/bin/pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-faults test-all lint format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/runtime corpus/python.json
@@ -21,6 +21,14 @@ demo: .venv/runtime corpus/python.json
 
 test: .venv/test corpus/python.json
 	.venv/bin/python -m pytest -q
+
+# Real processes that are killed, stopped and starved, one test after the other.
+test-faults: export OMP_NUM_THREADS := 1
+test-faults: .venv/test corpus/python.json
+	.venv/bin/python -m pytest -q -m faults
+
+test-all: .venv/test corpus/python.json
+	.venv/bin/python -m pytest -q -m "not slurm"
 
 lint: .venv/test
 	.venv/bin/ruff check .
