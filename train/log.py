@@ -1,6 +1,7 @@
 """Log lines: rank 0 at INFO, the others at WARNING with their rank in front."""
 
 import logging
+import warnings
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -21,4 +22,6 @@ def set_up_logging(rank: int, console: Console) -> None:
         text = "%(asctime)s %(levelname)s %(message)s"
     prefix = f"[rank {rank}] " if rank else ""
     handler.setFormatter(logging.Formatter(prefix + text, datefmt="%H:%M:%S"))
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):  # torch 2.11 has no other names
+        warnings.filterwarnings("ignore", f".*{name}. is deprecated", FutureWarning)
     logging.basicConfig(level=logging.WARNING if rank else logging.INFO, handlers=[handler], force=True)
