@@ -21,7 +21,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.documents import Documents
 from kernels.reference import lightning_attention as lightning_attention_by_chunks
+from kernels.reference import lightning_attention_with_state as lightning_attention_with_state_by_chunks
 from kernels.reference import lightning_end_state as lightning_end_state_by_sum
+from kernels.reference import lightning_step
 
 MAX_SIZE = 256
 """Of a head; it must also be a multiple of 16."""
@@ -124,6 +126,28 @@ def lightning_end_state(k: Tensor, v: Tensor, slopes: Tensor, documents: Documen
     if not is_supported(k):
         return lightning_end_state_by_sum(k, v, slopes, documents)
     return lightning_end_state_triton(k, v, slopes, documents.positions)
+
+
+def lightning_attention_with_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    documents: Documents,
+    *,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`lightning_attention`, and S after the last token [rows, heads, head_dim, head_dim], at least fp32.
+
+    A single token takes the recurrence itself: each state is read and written once, no chunk filled up.
+    """
+    if q.shape[1] == 1:
+        return lightning_step(q, k, v, slopes, initial_state)
+    if not is_supported(q):
+        return lightning_attention_with_state_by_chunks(
+            q, k, v, slopes, documents, initial_state=initial_state
+        )
+    return lightning_attention_triton(q, k, v, slopes, documents.positions, initial_state)
 
 
 def is_supported(q: Tensor) -> bool:

@@ -220,6 +220,42 @@ def lightning_end_state(k: Tensor, v: Tensor, slopes: Tensor, documents: Documen
     return torch.einsum("rthd,rthe->rhde", k * weight[..., None], v)
 
 
+def lightning_attention_with_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    documents: Documents,
+    *,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`lightning_attention`, and S after the last token, at least fp32; what entered lasts for one document.
+
+    Shapes of `lightning_attention` and `lightning_end_state`.
+    """
+    state = lightning_end_state(k, v, slopes, documents)
+    if initial_state is not None:
+        through = torch.exp(-slopes.to(state.dtype) * q.shape[1]) * (documents.ids[:, -1:] == 0)
+        state = state + through[..., None, None] * initial_state
+    return lightning_attention(q, k, v, slopes, documents, initial_state=initial_state), state
+
+
+def lightning_step(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One token of `lightning_attention_with_state`: S = exp(-s) S + k^T v, o = q S.
+
+    Args:
+        q, k, v: [rows, 1, heads, head_dim].
+        state: [rows, heads, head_dim, head_dim]; None = 0.
+    """
+    query, key, value = (widen(x).transpose(1, 2) for x in (q, k, v))  # [rows, heads, 1, head_dim]
+    new = key.transpose(-1, -2) @ value
+    if state is not None:
+        new = new + torch.exp(-slopes.to(new.dtype))[:, None, None] * state
+    return (query @ new).transpose(1, 2).to(q.dtype), new
+
+
 def swiglu(gate_up: Tensor, scale: Tensor) -> Tensor:
     """SiLU(gate) * up * scale.
 
