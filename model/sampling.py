@@ -69,8 +69,8 @@ def continue_prompts(
     for number, prompt in enumerate(prompts):
         if not prompt or prompt[-1] == end:
             raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens, and none follows the last; a document begins "
-                "with its first word: give at least one, and no end-of-document token behind it"
+                f"prompt {number} is empty or ends with the end-of-document token; a document "
+                "begins with its first word, so give that"
             )
     device = next(model.parameters()).device
     width = max(map(len, prompts))

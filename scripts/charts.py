@@ -6,6 +6,7 @@ Colours are CSS classes, so one picture serves light and dark. Every shape carri
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -105,6 +106,7 @@ def line_chart(
     height: int = 230,
     zero: bool = False,
     log: bool = False,
+    x_title: str = "tokens",
 ) -> str:
     """Draw curves over tokens; an empty string if there are none.
 
@@ -115,12 +117,13 @@ def line_chart(
         height: of the drawing, in SVG units.
         zero: whether the y axis includes 0.
         log: whether the y axis becomes logarithmic when positive values span more than a factor of 100.
+        x_title: what the x axis counts.
     """
     series = [s for s in series if len(s.x)]
     if not series:
         return ""
     x_axis, y_axis = _axes(series, width, height, zero, log)
-    body, hover = [_frame(x_axis, y_axis)], []
+    body, hover = [_frame(x_axis, y_axis, x_title)], []
     for curve in series:
         kept = thin(curve.y)
         x, y, step = curve.x[kept], curve.y[kept], curve.step[kept]
@@ -186,6 +189,58 @@ def heat_map(
     return _figure(title, "", "", width, bottom + 36, "".join(body))
 
 
+def share_map(
+    title: str, shares: np.ndarray, *, rows: tuple[str, Sequence[str]], columns: tuple[str, Sequence[str]]
+) -> str:
+    """Draw a table of shares, [rows, columns] in [0, 1], each with its per cent; 1 has the full colour.
+
+    Args:
+        rows, columns: what one is, and the label of each.
+    """
+    width, top, cell_w, cell_h = 560, TOP, (560 - LEFT - RIGHT) / shares.shape[1], 26.0
+    bottom, body = top + cell_h * len(shares), []
+    for r, c in np.ndindex(*shares.shape):
+        x, y, share = LEFT + c * cell_w, top + r * cell_h, float(shares[r, c])
+        box = f'x="{x:.2f}" y="{y:.2f}" width="{cell_w:.2f}" height="{cell_h:.2f}"'
+        tip = escape(f"{rows[0]} {rows[1][r]}, {columns[1][c]} {columns[0]}: {100 * share:.1f} %")
+        body.append(
+            f'<rect class="mid" {box}/><rect class="good" {box} fill-opacity="{share:.2f}" data-tip="{tip}"/>'
+        )
+        body.append(
+            _text(x + cell_w / 2, y + cell_h / 2 + 4, f"{100 * share:.0f}").replace(
+                "<text", '<text class="ink"'
+            )
+        )
+    lines = [f"M{LEFT} {top + r * cell_h:.2f}H{width - RIGHT}" for r in range(1, len(shares))]
+    lines += [f"M{LEFT + c * cell_w:.2f} {top}V{bottom:.2f}" for c in range(1, shares.shape[1])]
+    body.append(f'<path class="gap" d="{"".join(lines)}"/>')
+    body += [_text(LEFT - 6, top + (r + 0.5) * cell_h + 4, label, "end") for r, label in enumerate(rows[1])]
+    body += [_text(LEFT + (c + 0.5) * cell_w, bottom + 15, label) for c, label in enumerate(columns[1])]
+    body.append(_text((LEFT + width - RIGHT) / 2, bottom + 30, columns[0]))
+    middle = (top + bottom) / 2
+    body.append(
+        f'<text transform="rotate(-90 14 {middle:.1f})" x="14" y="{middle:.1f}">{escape(rows[0])}</text>'
+    )
+    return _figure(title, "", "", width, bottom + 36, "".join(body))
+
+
+def lone_svg(figure: str) -> str:
+    """The drawing of a figure as an SVG file of its own, with the title inside, light and dark."""
+    svg = figure[figure.index("<svg") : figure.index("</svg>")]
+    head, _, body = svg.partition(">")
+    head = re.sub(r' data-series="[^"]*"', "", head)  # for hovering, which needs the page's script
+    label, width, height = (
+        re.search(pattern, head)[1]  # type: ignore[index]  # _figure wrote them
+        for pattern in (r'aria-label="([^"]*)"', r'viewBox="0 0 ([\d.]+) ', r'viewBox="0 0 [\d.]+ (\d+)"')
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -28 {width} {int(height) + 28}"><style>{STYLE}'
+        f".cursor {{ display: none; }} svg text {{ font-family: sans-serif; }}</style>"
+        f'<rect class="card" y="-28" width="{width}" height="{int(height) + 28}"/>'
+        f'<text class="ink" x="{float(width) / 2:.0f}" y="-8">{label}</text>{body}</svg>\n'
+    )
+
+
 def merge_columns(values: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
     """Join neighbours of [layers, time] by maximum: at most MAX_COLUMNS triples (first, last, column)."""
     groups = np.array_split(np.arange(values.shape[1]), min(MAX_COLUMNS, values.shape[1]))
@@ -213,7 +268,7 @@ def _axes(series: Sequence[Series], width: int, height: int, zero: bool, log: bo
     return Axis(x_low, x_high, LEFT, width - RIGHT), Axis(low, high, height - BOTTOM, TOP, log)
 
 
-def _frame(x_axis: Axis, y_axis: Axis) -> str:
+def _frame(x_axis: Axis, y_axis: Axis, x_title: str) -> str:
     parts = []
     for value in y_axis.ticks(5):
         y = float(y_axis.place(value))
@@ -225,7 +280,7 @@ def _frame(x_axis: Axis, y_axis: Axis) -> str:
         x = float(x_axis.place(value))
         parts.append(f'<path class="axis" d="M{x:.1f} {floor}v4"/>')
         parts.append(_text(x, floor + 16, number(value)))
-    return "".join(parts) + _text((x_axis.start + x_axis.end) / 2, floor + 31, "tokens")
+    return "".join(parts) + _text((x_axis.start + x_axis.end) / 2, floor + 31, x_title)
 
 
 def _curve(px: np.ndarray, py: np.ndarray, style: str) -> str:

@@ -97,6 +97,6 @@ def test_a_seed_repeats_and_rows_do_not_depend_on_their_company(model: Transform
 
 def test_no_tokens_and_prompts_without_text(model: Transformer) -> None:
     assert continue_prompts(model, [[1], [2]], end=None, max_tokens=0, how=Sampling()) == [[], []]
-    for prompts, which in (([[1], []], "prompt 1 has 0 tokens"), ([[4, 3]], "prompt 0 has 2 tokens")):
+    for prompts, which in (([[1], []], "prompt 1 is empty"), ([[4, 3]], "prompt 0 is empty or ends")):
         with pytest.raises(ValueError, match=which):
             continue_prompts(model, prompts, end=3, max_tokens=1, how=Sampling())

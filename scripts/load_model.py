@@ -1,0 +1,140 @@
+"""A checkpoint of any layout as one model in one process, and the tokenizer of its run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from data.tokenizer import EOS_TOKENS, load_tokenizer, vocab_size
+from model.config import Balancing, LayerType, ModelConfig, RouterConfig, SlopeRule
+from model.transformer import Transformer
+from train.restore import read_boxes, read_manifest
+from train.storage import Box, CheckpointError, checkpoints_in
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A step folder and what its manifest says."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Of the run that saved it; an imported model has only `model`."""
+        return self.manifest["config"]
+
+    @property
+    def step(self) -> int:
+        """Steps it has been trained for."""
+        return self.manifest["step"]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A step folder, or the newest one of a run directory.
+
+    Raises:
+        CheckpointError: there is none, or it names no model.
+    """
+    newest = next(checkpoints_in(path / "checkpoints"), None)
+    folder = path if newest is None else newest[1]
+    manifest = read_manifest(folder)
+    if "model" not in manifest.get("config", {}):
+        raise CheckpointError(f"{folder}: its manifest has no config.model; save it again with this version")
+    return Checkpoint(folder, manifest)
+
+
+def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The whole model in evaluation mode, its weights read part by part; router gates stay fp32.
+
+    Raises:
+        CheckpointError: the manifest's model cannot be built, or a tensor is missing.
+    """
+    values = dict(checkpoint.config["model"])
+    try:
+        if values.get("layer_types") is not None:
+            values["layer_types"] = [LayerType(kind) for kind in values["layer_types"]]
+        if "slope_rule" in values:
+            values["slope_rule"] = SlopeRule(values["slope_rule"])
+        cfg = ModelConfig(**values)
+        balancing = checkpoint.config.get("router", {}).get("balancing", Balancing.aux_loss)
+        router = RouterConfig(balancing=Balancing(balancing))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.folder}: config.model is not of this version: {error}") from error
+    with torch.device("meta"):
+        model = Transformer(cfg, router=router)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            kept = torch.float32 if path.endswith("router.gate") else dtype
+            setattr(module, name, nn.Parameter(parameter.to(kept), requires_grad=False))
+    model.to_empty(device=device)
+    model.reset_buffers()
+    tensors = {f"model.{name}": parameter.data for name, parameter in model.named_parameters()}
+    if router.balancing is Balancing.bias:
+        tensors |= {f"router.bias.{router.layer}": router.bias for router in model.routers()}
+    boxes = {name: Box(x, tuple(x.shape), (0,) * x.dim()) for name, x in tensors.items()}
+    read_boxes(checkpoint.folder, checkpoint.manifest, boxes)
+    return model.eval()
+
+
+def find_tokenizer(checkpoint: Checkpoint, given: Path | None) -> "Tokenizer":
+    """The tokenizer that was given, or that of the checkpoint, or that of the run's data.
+
+    Raises:
+        ValueError: it is not there, or knows more tokens than the model.
+    """
+    data = checkpoint.config.get("data") or {}
+    sources = data.get("sources") or [{}]
+    own, beside = checkpoint.folder / "tokenizer", f"{sources[0].get('path')}.tokenizer.json"
+    if given is not None:
+        file = given
+    elif own.is_dir():
+        file = own
+    elif data.get("tokenizer") or sources[0].get("path"):
+        file = Path(data.get("tokenizer") or beside)
+    else:
+        raise ValueError(f"{checkpoint.folder} names no tokenizer; give one: --tokenizer FILE_OR_FOLDER")
+    tokenizer = load_tokenizer(file)
+    size, limit = vocab_size(tokenizer), checkpoint.config["model"]["vocab_size"]
+    if size > limit:
+        raise ValueError(
+            f"tokenizer {file} has {size} ids, the model {limit}; give the run's own: --tokenizer"
+        )
+    return tokenizer
+
+
+def end_token(tokenizer: "Tokenizer", name: str | None) -> int | None:
+    """Id of the token that ends a document: `name`, else a usual one; None where there is none of those.
+
+    Raises:
+        ValueError: `name` is no token.
+    """
+    found = [tokenizer.token_to_id(token) for token in ([name] if name else EOS_TOKENS)]
+    known = [token for token in found if token is not None]
+    if name and not known:
+        raise ValueError(f"--eos-token {name} is no token of the tokenizer; name one that is")
+    return known[0] if known else None
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` = a GPU where there is one.
+
+    Raises:
+        ValueError: cuda was asked for and is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no GPU; use --device auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """What was asked for, else bf16 on a GPU, where the kernels are for it, and fp32 elsewhere."""
+    return DTYPES[name or ("bf16" if device.type == "cuda" else "fp32")]
