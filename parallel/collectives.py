@@ -107,3 +107,19 @@ def from_leader(text: str, axis: Axis) -> str:
     sent = torch.zeros(size, dtype=torch.uint8)
     sent[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
     return bytes(all_reduce_sum(sent, axis).tolist()).decode()
+
+
+def gather_texts(text: str, axis: Axis) -> list[str]:
+    """Every rank's text, in the order of ranks, on the axis's rank 0; [] on the others."""
+    if axis.group is None:
+        return [text]
+    content = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    sizes = all_gather(torch.tensor([len(content)]), axis).tolist()
+    padded = content.new_zeros(max(sizes))
+    padded[: len(content)] = content
+    if axis.rank:
+        dist.gather(padded, dst=axis.ranks[0], group=axis.group)
+        return []
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.gather(padded, parts, dst=axis.ranks[0], group=axis.group)
+    return [bytes(part[:size].numpy()).decode() for part, size in zip(parts, sizes, strict=True)]

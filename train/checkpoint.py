@@ -3,6 +3,7 @@
 Invariant: weights, both moments, clocks and data position of one step, under names that know no layout.
 """
 
+import json
 import logging
 import shutil
 import subprocess
@@ -15,17 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.collectives import all_gather, barrier
+from parallel.collectives import barrier, gather_texts
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 from train.optimizer import moments
-from train.storage import (
-    Box,
-    FileFacts,
-    checkpoints_in,
-    commit,
-    write_shard,
-)
+from train.storage import Box, Written, checkpoints_in, commit, write_shard
 
 log = logging.getLogger(__name__)
 
@@ -78,25 +73,20 @@ def save_checkpoint(
     temporary, final = root / f".tmp-step-{step}", root / f"step-{step}"
     if mesh.rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
     barrier(mesh.world)
     mine = [shard for shard in shards if shard.is_first]
     written = write_shard(
         temporary, mesh.rank, state_boxes(mine, optimizer, {} if mesh.stage.rank else biases)
     )
-    files = _gather_files(written, mesh)
+    reports = gather_texts(json.dumps(written), mesh.world)
     if mesh.rank == 0:
+        files = [Written(*json.loads(report)) for report in reports]
         commit(temporary, final, files, {"step": step, "git_commit": _git_commit(), **facts})
         for _, path in list(checkpoints_in(root))[keep:] if keep else []:
             shutil.rmtree(path)
     barrier(mesh.world)
     return final
-
-
-def _gather_files(written: FileFacts, mesh: Mesh) -> list[FileFacts]:
-    """Every rank's file, in the order of ranks."""
-    numbers = torch.tensor([[written.size, *bytes.fromhex(written.sha256)]], device=mesh.device)
-    rows = all_gather(numbers, mesh.world).tolist()
-    return [FileFacts(size, bytes(digest).hex()) for size, *digest in rows]
 
 
 def state_boxes(

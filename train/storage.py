@@ -9,13 +9,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from train.tensor_file import CODES, FileFacts, Form, TensorFileWriter, by_alignment
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -37,25 +37,51 @@ class Box:
     """Global index of the part's first element."""
 
 
-@dataclass(frozen=True)
-class FileFacts:
-    """What a file of a checkpoint must be."""
+class Part(NamedTuple):
+    """Where a tensor of one file lies in the global one."""
+
+    dtype: str
+    """As safetensors calls it."""
+    shape: Sequence[int]
+    """Global shape."""
+    offset: Sequence[int]
+    """Global index of the part's first element."""
+    size: Sequence[int]
+    """The part's own shape."""
+
+
+class Written(NamedTuple):
+    """A file of a checkpoint, and by name what is in it; all of it JSON."""
 
     size: int
     """Bytes."""
     sha256: str
     """Of all bytes, hexadecimal."""
+    parts: Mapping[str, Sequence[Any]]
+    """`Part` by tensor name."""
 
 
-def write_shard(folder: Path, rank: int, boxes: Mapping[str, Box]) -> FileFacts:
-    """Write this rank's boxes into `folder`, durably; what was written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    layout = {name: {"shape": box.shape, "offset": box.offset} for name, box in boxes.items()}
-    path = folder / f"rank-{rank:05d}.safetensors"
-    tensors = {name: box.tensor.detach().cpu().contiguous() for name, box in boxes.items()}
-    save_file(tensors, path, metadata={"layout": json.dumps(layout)})
-    _sync(path)
-    return measure(path)
+def file_name(number: int) -> str:
+    """Name of a checkpoint's file: rank's number, or a running one."""
+    return f"rank-{number:05d}.safetensors"
+
+
+def forms_of(boxes: Mapping[str, Box]) -> dict[str, Form]:
+    """What a file of these boxes holds."""
+    return {name: Form(box.tensor.dtype, tuple(box.tensor.shape)) for name, box in boxes.items()}
+
+
+def write_shard(folder: Path, rank: int, boxes: Mapping[str, Box]) -> Written:
+    """Write this rank's boxes into `folder`, durably, one tensor at a time on the host; what was written."""
+    forms = forms_of(boxes)
+    with TensorFileWriter(folder / file_name(rank), forms) as writer:
+        for name in by_alignment(forms):
+            writer.write(boxes[name].tensor.detach().cpu())
+    parts = {
+        name: Part(CODES[box.tensor.dtype], box.shape, box.offset, forms[name].shape)
+        for name, box in boxes.items()
+    }
+    return Written(*writer.facts, parts)
 
 
 def measure(path: Path) -> FileFacts:
@@ -64,19 +90,14 @@ def measure(path: Path) -> FileFacts:
         return FileFacts(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def commit(folder: Path, final: Path, files: Sequence[FileFacts], facts: Mapping[str, Any]) -> None:
-    """Write the manifest from the ranks' files and give the folder its final name; one rank, after all."""
+def commit(folder: Path, final: Path, files: Sequence[Written], facts: Mapping[str, Any]) -> None:
+    """Write the manifest of the ranks' files and give the folder its final name; one rank, after all."""
     tensors: dict[str, Any] = {}
-    known: dict[str, Any] = {}
-    for rank, file_facts in enumerate(files):
-        name = f"rank-{rank:05d}.safetensors"
-        known[name] = asdict(file_facts)
-        with safe_open(folder / name, framework="pt") as file:
-            layout = json.loads(file.metadata()["layout"])
-            for key, place in layout.items():
-                entry = tensors.setdefault(key, {"shape": place["shape"], "parts": []})
-                size = file.get_slice(key).get_shape()
-                entry["parts"].append({"file": name, "offset": place["offset"], "shape": size})
+    for rank, file in enumerate(files):
+        for key, (dtype, shape, offset, size) in file.parts.items():
+            entry = tensors.setdefault(key, {"dtype": dtype, "shape": shape, "parts": []})
+            entry["parts"].append({"file": file_name(rank), "offset": offset, "shape": size})
+    known = {file_name(n): {"size": file.size, "sha256": file.sha256} for n, file in enumerate(files)}
     manifest = {"format": FORMAT, **facts, "files": known, "tensors": tensors}
     text = json.dumps({**manifest, "checksum": checksum(manifest)}, indent=1)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ SHARD = "rank-00001.safetensors"
 
 def make(root: Path, step: int) -> Path:
     folder = root / f".tmp-step-{step}"
+    folder.mkdir(parents=True)
     values = torch.arange(8.0) + step
     files = [write_shard(folder, r, {"w": Box(values[4 * r :][:4], (8,), (4 * r,))}) for r in (0, 1)]
     commit(folder, root / f"step-{step}", files, {"step": step})
