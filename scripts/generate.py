@@ -80,7 +80,7 @@ def generate(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     checkpoint = open_checkpoint(args.checkpoint)
     tokenizer = find_tokenizer(checkpoint, args.tokenizer)
-    end = end_token(tokenizer, args.eos_token)
+    end = end_token(checkpoint, tokenizer, args.eos_token)
     model = load_model(checkpoint, device=device, dtype=choose_dtype(args.dtype, device))
     prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in args.prompt]
     began = time.perf_counter()

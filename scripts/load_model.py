@@ -1,5 +1,6 @@
 """A checkpoint of any layout as one model in one process, and the tokenizer of its run."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,14 +93,13 @@ def find_tokenizer(checkpoint: Checkpoint, given: Path | None) -> "Tokenizer":
         ValueError: it is not there, or knows more tokens than the model.
     """
     data = checkpoint.config.get("data") or {}
-    sources = data.get("sources") or [{}]
-    own, beside = checkpoint.folder / "tokenizer", f"{sources[0].get('path')}.tokenizer.json"
+    own, prefix = checkpoint.folder / "tokenizer", _first_source(checkpoint)
     if given is not None:
         file = given
     elif own.is_dir():
         file = own
-    elif data.get("tokenizer") or sources[0].get("path"):
-        file = Path(data.get("tokenizer") or beside)
+    elif data.get("tokenizer") or prefix:
+        file = Path(data.get("tokenizer") or f"{prefix}.tokenizer.json")
     else:
         raise ValueError(f"{checkpoint.folder} names no tokenizer; give one: --tokenizer FILE_OR_FOLDER")
     tokenizer = load_tokenizer(file)
@@ -111,17 +111,31 @@ def find_tokenizer(checkpoint: Checkpoint, given: Path | None) -> "Tokenizer":
     return tokenizer
 
 
-def end_token(tokenizer: "Tokenizer", name: str | None) -> int | None:
-    """Id of the token that ends a document: `name`, else a usual one; None where there is none of those.
+def end_token(checkpoint: Checkpoint, tokenizer: "Tokenizer", name: str | None) -> int | None:
+    """Id of the token that ends a document: `name`, else that of the run's data, else a usual one, else None.
 
     Raises:
         ValueError: `name` is no token.
     """
-    found = [tokenizer.token_to_id(token) for token in ([name] if name else EOS_TOKENS)]
-    known = [token for token in found if token is not None]
-    if name and not known:
-        raise ValueError(f"--eos-token {name} is no token of the tokenizer; name one that is")
-    return known[0] if known else None
+    if name:
+        found = tokenizer.token_to_id(name)
+        if found is None:
+            raise ValueError(f"--eos-token {name} is no token of the tokenizer; name one that is")
+        return found
+    manifest = Path(f"{_first_source(checkpoint)}.json")
+    if (
+        manifest.is_file()
+        and (end := json.loads(manifest.read_text(encoding="utf-8")).get("eos_id")) is not None
+    ):
+        return end
+    known = (tokenizer.token_to_id(token) for token in EOS_TOKENS)
+    return next((token for token in known if token is not None), None)
+
+
+def _first_source(checkpoint: Checkpoint) -> str | None:
+    """PREFIX of the run's first data source; None if it is text, or there is no run."""
+    data = checkpoint.config.get("data") or {}
+    return (data.get("sources") or [{}])[0].get("path")
 
 
 def choose_device(name: str) -> torch.device:

@@ -15,7 +15,7 @@ from data.config import DataConfig, SourceConfig
 from data.dataset import TokenDataset
 from data.loader import Loader, Shape
 from scripts.generate import main
-from scripts.load_model import find_tokenizer, load_model, open_checkpoint
+from scripts.load_model import Checkpoint, end_token, find_tokenizer, load_model, open_checkpoint
 from tests.train.test_pretrain import lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +104,19 @@ def test_tokenizer_of_the_checkpoint_goes_before_that_of_the_data(trained: Path,
     (step / "tokenizer/tokenizer.json").write_text(json.dumps(content))
     assert find_tokenizer(open_checkpoint(step), None).token_to_id("Atlantis") == 200
     assert tokenizer.token_to_id("Atlantis") is None
+
+
+def test_the_end_of_a_document_is_the_one_of_the_data(trained: Path, needles: Path, tmp_path: Path) -> None:
+    """Whatever it is called: prepare_data.py --eos-token may have named it."""
+    tokenizer = find_tokenizer(open_checkpoint(trained), None)
+    manifest = json.loads(Path(f"{needles}.json").read_text())
+    (tmp_path / "data.json").write_text(json.dumps({**manifest, "eos_id": 9}))
+    config = {"data": {"sources": [{"path": str(tmp_path / "data")}]}}
+    renamed = Checkpoint(tmp_path, {"config": config})
+    assert end_token(renamed, tokenizer, None) == 9
+    assert end_token(renamed, tokenizer, "Rain") == tokenizer.token_to_id("Rain")
+    assert end_token(open_checkpoint(trained), tokenizer, None) == 0
+    assert end_token(Checkpoint(tmp_path, {"config": {}}), tokenizer, None) == 0
 
 
 @pytest.mark.parametrize(
