@@ -10,6 +10,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # import from the reposi
 
 import argparse
 import itertools
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -26,12 +27,13 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 KEYS = [
-    "Athens", "Berlin", "Bogota", "Boston", "Cairo", "Dakar", "Delhi", "Denver", "Dublin", "Havana",
-    "Jakarta", "Kyoto", "Lagos", "Lima", "Lisbon", "London", "Madrid", "Manila", "Milan", "Moscow", "Munich",
-    "Nairobi", "Oslo", "Paris", "Prague", "Quito", "Rome", "Seoul", "Sydney", "Tokyo", "Vienna", "Warsaw",
+    "Athens", "Berlin", "Cairo", "Delhi", "Havana", "Kyoto", "Lagos", "Lima", "London", "Madrid", "Oslo",
+    "Paris", "Prague", "Rome", "Seoul", "Tokyo",
 ]  # fmt: skip
-VALUES = [str(number) for number in range(10, 100)]
-FACT, QUESTION = " The code of {key} is {value}.", " The code of {key} is"
+VALUES = [str(number) for number in range(10, 50)]
+SHORTEST = 24
+"""Document to train on: short ones are easy, and teach what long ones need."""
+FACT, QUESTION = " Flight {key} {value} is on time.", " Flight {key}"
 SENTENCES = [
     " The grass is green and the sky is blue.",
     " A small boat drifts slowly down the river.",
@@ -104,10 +106,6 @@ def make_document(encode: Encode, draw: np.random.Generator, tokens: int) -> lis
     keys, values = draw.permutation(KEYS), draw.permutation(VALUES)
     facts = [encode(FACT.format(key=key, value=value)) for key, value in zip(keys, values, strict=False)]
     places = tokens // len(facts[0])
-    if places < 2:
-        raise ValueError(
-            f"--tokens {tokens + 1} must be at least {2 * len(facts[0]) + 1}: a fact, twice, and its end"
-        )
     facts = facts[: draw.integers(1, min(8, places // 2) + 1)]
     count = 1 + int(draw.uniform(0, 0.8) * (places - len(facts) - 1))
     *again, final = [facts[i] for i in draw.integers(len(facts), size=count)]
@@ -126,10 +124,10 @@ def word_tokenizer(file: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = " ".join([FACT.format(key="", value=""), *SENTENCES, *KEYS, *VALUES]).replace(".", " .").split()
-    names = [EOS_TOKENS[0], *dict.fromkeys(words)]
-    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[0]))
+    names = [EOS_TOKENS[0], "<|unknown|>", *dict.fromkeys(words)]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=names[1]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(names[:1])
+    tokenizer.add_special_tokens(names[:2])
     file.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(file))
 
@@ -139,8 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="PREFIX")
-    add("--documents", type=int, default=20000)
-    add("--tokens", type=int, default=256)
+    add("--documents", type=int, default=100_000)
+    add("--tokens", type=int, default=256, help=f"of the longest; from {SHORTEST} on (default: %(default)s)")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
@@ -153,6 +151,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write_dataset(output: Path, documents: int, tokens: int, seed: int) -> str:
     """Write PREFIX.bin, .idx, .json and .tokenizer.json; the line that sums it up."""
+    if tokens < SHORTEST:
+        raise ValueError(
+            f"--tokens {tokens} must be at least {SHORTEST}, the length of the shortest document"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory(prefix=".needles-", dir=output.parent) as folder:
@@ -164,7 +166,8 @@ def write_dataset(output: Path, documents: int, tokens: int, seed: int) -> str:
         about = f"scripts/needles.py --documents {documents} --tokens {tokens} --seed {seed}"
         with DatasetWriter(output, vocab_size=size, eos_id=end, tokenizer_file=file, source=about) as writer:
             for _ in range(documents):
-                writer.add(np.array([*make_document(encode, draw, tokens - 1), end]))
+                length = round(tokens ** draw.uniform(math.log(SHORTEST, tokens), 1))
+                writer.add(np.array([*make_document(encode, draw, length - 1), end]))
     return f"{output}: {writer.num_documents:,} documents, {writer.num_tokens:,} tokens, {size} words"
 
 

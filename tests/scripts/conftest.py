@@ -10,7 +10,7 @@ from tests.train.test_pretrain import pretrain
 
 @pytest.fixture(scope="session")
 def needles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """PREFIX of 300 documents of 64 tokens."""
+    """PREFIX of 300 documents of 24 to 64 tokens."""
     prefix = tmp_path_factory.mktemp("needles") / "needles"
     assert write_needles(["--output", str(prefix), "--documents", "300", "--tokens", "64"]) == 0
     return prefix

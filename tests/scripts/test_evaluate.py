@@ -36,11 +36,11 @@ def test_a_task_has_its_length_and_the_needle_its_depth(tokenizer: Any, tokens: 
         task = make_task(encoder(tokenizer), SENTENCES, draw, tokens=tokens, depth=depth, distractors=3)
         assert len(task.prompt) + len(task.answer) == tokens
         text, answer = tokenizer.decode(task.prompt), tokenizer.decode(task.answer)
-        key = text.split()[-2]
-        assert text.endswith(f"The code of {key} is") and text.count(f"The code of {key} is {answer} .") == 1
-        assert text.count("The code of") == 5 and text.count(answer) == 1
-        before = len(text[: text.index(f"The code of {key}")].split())
-        room = tokens - 4 * 7 - 6
+        key = text.split()[-1]
+        assert text.endswith(f"Flight {key}") and text.count(f"Flight {key} {answer} is on time .") == 1
+        assert text.count("Flight") == 5 and text.count(answer) == 1
+        before = len(text[: text.index(f"Flight {key}")].split())
+        room = tokens - 4 * 7 - 3
         assert -6 <= before - depth * room <= 3 * 7 + 6  # to a sentence's border; distractors may lie before
 
 
@@ -59,17 +59,17 @@ def test_a_document_repeats_its_facts_and_ends_with_one(tokenizer: Any) -> None:
         words = tokenizer.decode(document).split()
         assert len(document) == len(words) == 63 and "<|endoftext|>" not in words
         codes: dict[str, str] = {}
-        for place in (i for i, word in enumerate(words) if word == "of" and words[i - 1] == "code"):
-            key, value = words[place + 1], words[place + 3]
+        for place in (i for i, word in enumerate(words) if word == "Flight"):
+            key, value = words[place + 1], words[place + 2]
             repeats += key in codes
             assert codes.setdefault(key, value) == value
-        assert words[-7:-4] == ["The", "code", "of"] and words.count(words[-4]) > 1
+        assert words[-7] == "Flight" and words.count(words[-6]) > 1
     assert repeats > 150
 
 
 def test_needles_that_do_not_fit_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert write_needles(["--output", str(tmp_path / "x"), "--documents", "1", "--tokens", "14"]) == 2
-    assert "--tokens 14 must be at least 15: a fact, twice, and its end" in capsys.readouterr().err
+    assert "--tokens 14 must be at least 24" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -81,8 +81,8 @@ def test_niah_counts_answers_and_draws_them(
     def answer(model: Any, prompts: list[list[int]], **_: Any) -> list[list[int]]:
         found = []
         for prompt in prompts:
-            key, tail = prompt[-2], prompt[-40:-5]
-            found.append([tail[tail.index(key) + 2] if key in tail else 0])
+            key, tail = prompt[-1], prompt[-40:-2]
+            found.append([tail[tail.index(key) + 1] if key in tail else 0])
         return found
 
     monkeypatch.setattr("scripts.evaluate.continue_prompts", answer)
@@ -121,9 +121,9 @@ def test_perplexity_equals_that_of_whole_forward_passes(
     trained: Path, needles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw, texts = np.random.default_rng(3), []
-    with DatasetWriter(tmp_path / "long", vocab_size=193) as writer:
+    with DatasetWriter(tmp_path / "long", vocab_size=128) as writer:
         for length in (150, 90, 200, 121):
-            texts.append(draw.integers(193, size=length))
+            texts.append(draw.integers(128, size=length))
             writer.add(texts[-1])
     code, out, err = run(
         capsys, "perplexity", "--checkpoint", trained, "--data", tmp_path / "long", "--lengths", "50,120",
@@ -147,7 +147,7 @@ def test_perplexity_equals_that_of_whole_forward_passes(
 
 
 def test_perplexity_of_what_the_run_held_out(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run(capsys, "perplexity", "--checkpoint", trained, "--lengths", "20,63")
+    code, _, err = run(capsys, "perplexity", "--checkpoint", trained, "--lengths", "12,23")
     assert code == 0, err
     assert json.loads((trained / "perplexity.json").read_text())["documents"] == 16
 
@@ -155,10 +155,10 @@ def test_perplexity_of_what_the_run_held_out(trained: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["perplexity"], "held out has 64 tokens; --lengths 256 needs one more; use shorter or --data"),
+        (["perplexity"], "tokens; --lengths 256 needs one more; use shorter or --data"),
         (["perplexity", "--data", "{tmp}/none"], "none.idx not found"),
-        (["perplexity", "--data", "{tmp}/wide", "--lengths", "5"], "holds token 300, the model knows 256"),
-        (["niah", "--lengths", "20"], "20 tokens do not hold 4 facts, question and answer; 14 more do"),
+        (["perplexity", "--data", "{tmp}/wide", "--lengths", "5"], "holds token 300, the model knows 128"),
+        (["niah", "--lengths", "20"], "20 tokens do not hold 4 facts, question and answer; 11 more do"),
         (["niah", "--haystack", "{tmp}/none.txt"], "none.txt: [Errno 2]"),
         (["niah", "--samples", "0"], "--samples 0 must be at least 1"),
     ],
@@ -180,8 +180,8 @@ def test_held_out_documents_are_not_those_of_the_training(needles: Path) -> None
     from scripts.load_model import Checkpoint
 
     config = {
-        "model": {"vocab_size": 193},
+        "model": {"vocab_size": 128},
         "data": {"sources": [{"path": str(needles)}], "eval_fraction": 0.1},
     }
-    texts = read_texts(Checkpoint(Path("x"), {"config": config}), None, 64, 999)
+    texts = read_texts(Checkpoint(Path("x"), {"config": config}), None, 24, 999)
     assert 10 < len(texts) < 60 < TokenDataset(needles).num_documents

@@ -19,7 +19,7 @@ from scripts.load_model import Checkpoint, end_token, find_tokenizer, load_model
 from tests.train.test_pretrain import lines
 
 ROOT = Path(__file__).resolve().parents[2]
-PROMPTS = ["The code of Paris is 47. The train to the coast", "Rain fell", "The code of Oslo is 11"]
+PROMPTS = ["Flight Paris 47 is on time. The train to the coast", "Rain fell", "Flight Oslo 11 is"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -35,10 +35,12 @@ def records(capsys: pytest.CaptureFixture[str], run_dir: Path, *arguments: objec
 
 
 def test_weights_of_two_processes_give_their_held_out_loss(trained: Path, needles: Path) -> None:
-    model = load_model(open_checkpoint(trained), device=torch.device("cpu"), dtype=torch.float32)
+    checkpoint = open_checkpoint(trained)
+    model = load_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
     assert max(float(router.bias.abs().max()) for router in model.routers()) > 0.1  # three updates
-    data = DataConfig(sources=[SourceConfig(path=str(needles))], eval_fraction=0.1)
-    where: dict[str, Any] = {"rank": 0, "size": 1, "vocab_size": 256, "seed": 0, "split": "eval"}
+    silent = checkpoint.config["data"]["no_loss_tokens"]
+    data = DataConfig(sources=[SourceConfig(path=str(needles))], eval_fraction=0.1, no_loss_tokens=silent)
+    where: dict[str, Any] = {"rank": 0, "size": 1, "vocab_size": 128, "seed": 0, "split": "eval"}
     total = count = 0.0
     for batch in Loader([TokenDataset(needles)], data, shape=Shape(64, 8, 4), **where).next_step():
         with torch.no_grad():
@@ -65,7 +67,7 @@ def test_the_command(trained: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     first, second = result.stdout.splitlines()
-    assert first.startswith("The code of Paris is 47 . The train to the coast ")
+    assert first.startswith("Flight Paris 47 is on time . The train to the coast ")
     assert second.startswith("Rain fell ")
     assert "step 3, " in result.stderr and "tokens after 14 of prompts" in result.stderr
 
@@ -100,9 +102,9 @@ def test_tokenizer_of_the_checkpoint_goes_before_that_of_the_data(trained: Path,
     (step / "tokenizer").mkdir()
     tokenizer = find_tokenizer(open_checkpoint(trained), None)
     content = json.loads(tokenizer.to_str())
-    content["model"]["vocab"]["Atlantis"] = 200
+    content["model"]["vocab"]["Atlantis"] = 127
     (step / "tokenizer/tokenizer.json").write_text(json.dumps(content))
-    assert find_tokenizer(open_checkpoint(step), None).token_to_id("Atlantis") == 200
+    assert find_tokenizer(open_checkpoint(step), None).token_to_id("Atlantis") == 127
     assert tokenizer.token_to_id("Atlantis") is None
 
 
@@ -126,7 +128,7 @@ def test_the_end_of_a_document_is_the_one_of_the_data(trained: Path, needles: Pa
         (["--tokenizer", "{tmp}"], "tokenizer {tmp}/tokenizer.json not found; name a tokenizer.json"),
         (
             ["--tokenizer", "corpus/tokenizer.json"],
-            "has 4096 ids, the model 256; give the run's own: --tokenizer",
+            "has 4096 ids, the model 128; give the run's own: --tokenizer",
         ),
         (["--prompt", ""], "prompt 1 is empty or ends with the end-of-document token"),
         (["--eos-token", "Atlantis"], "--eos-token Atlantis is no token of the tokenizer"),
