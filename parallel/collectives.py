@@ -113,13 +113,26 @@ def gather_texts(text: str, axis: Axis) -> list[str]:
     """Every rank's text, in the order of ranks, on the axis's rank 0; [] on the others."""
     if axis.group is None:
         return [text]
-    content = torch.tensor(list(text.encode()), dtype=torch.uint8)
-    sizes = all_gather(torch.tensor([len(content)]), axis).tolist()
-    padded = content.new_zeros(max(sizes))
-    padded[: len(content)] = content
+    padded, sizes = _pad(text, axis)
     if axis.rank:
         dist.gather(padded, dst=axis.ranks[0], group=axis.group)
         return []
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.gather(padded, parts, dst=axis.ranks[0], group=axis.group)
     return [bytes(part[:size].numpy()).decode() for part, size in zip(parts, sizes, strict=True)]
+
+
+def all_gather_texts(text: str, axis: Axis) -> list[str]:
+    """Every rank's text, in the order of ranks, on all ranks."""
+    padded, sizes = _pad(text, axis)
+    parts = all_gather(padded[None], axis)
+    return [bytes(part[:size].numpy()).decode() for part, size in zip(parts, sizes, strict=True)]
+
+
+def _pad(text: str, axis: Axis) -> tuple[Tensor, list[int]]:
+    """The text's bytes with as many behind them as the longest of all ranks has more, and all sizes."""
+    content = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    sizes = all_gather(torch.tensor([len(content)]), axis).tolist()
+    padded = content.new_zeros(max(sizes))
+    padded[: len(content)] = content
+    return padded, sizes

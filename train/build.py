@@ -31,6 +31,7 @@ from parallel.placement import Shard
 from train.checkpoint import Resume
 from train.config import ConfigError, Device, Precision, RunConfig, user_errors
 from train.health import Health
+from train.integrity import StateGuard
 from train.metrics import MetricsWriter
 from train.optimizer import build_optimizer
 from train.resume import find_checkpoint, load_checkpoint, set_results_aside
@@ -91,6 +92,7 @@ class Run:
     """Router biases of this rank's layers by the names that a checkpoint has for them; {} if unused."""
     progress: RunProgress
     health: Health
+    guard: StateGuard
     stop: StopRequest
     watchdog: Watchdog
     metrics: MetricsWriter | None
@@ -148,6 +150,7 @@ def build_run(
         if cfg.router.balancing is Balancing.bias
     }
     progress, health = RunProgress(), Health(cfg.health)
+    guard = StateGuard(shards, optimizer, biases, mesh, every=cfg.health.hash_every)
     if found is not None:
         manifest = load_checkpoint(found, shards=shards, optimizer=optimizer, biases=biases)
         with user_errors():
@@ -170,7 +173,7 @@ def build_run(
         metrics.start_wandb(cfg.wandb, name=cfg.name, run_dir=run_dir, config=asdict(cfg))
     return Run(
         stages, stage, mesh, parts, engine, shards, optimizer, loader, held_out, biases, progress, health,
-        stop, watchdog, metrics,
+        guard, stop, watchdog, metrics,
     )  # fmt: skip
 
 

@@ -39,6 +39,10 @@ class HealthConfig:
     max_skips_in_row: int | None = 10
     """Skipped steps in a row at which the run ends as FAILED, without saving; null = never."""
 
+    hash_every: int | None = None
+    """Steps between hashes of weights and moments, each checked before the next update or save; null = never.
+    1 covers all the time between updates, N an N-th of it."""
+
     setup_timeout_s: float | None = None
     """Seconds from the ranks' meeting to the first step at which a rank counts as hung and ends the job with
     code 75; null = never. Text that is still to be tokenized counts."""
@@ -55,6 +59,8 @@ class HealthConfig:
             raise ValueError(f"health.window={self.window} must be at least 4")
         if self.spike_sigmas <= 0:
             raise ValueError(f"health.spike_sigmas={self.spike_sigmas} must be above 0")
+        if self.hash_every is not None and self.hash_every < 1:
+            raise ValueError(f"health.hash_every={self.hash_every} must be at least 1, or null = never")
         for key in ("setup_timeout_s", "step_timeout_s", "eval_timeout_s", "checkpoint_timeout_s"):
             limit = getattr(self, key)
             if limit is not None and limit <= 0:

@@ -12,6 +12,7 @@ from train.build import Run, enter_stage
 from train.checkpoint import save_checkpoint
 from train.config import user_errors
 from train.expert_counts import read_counts
+from train.integrity import DamagedStateError
 from train.metrics import Throughput, peak_flops
 from train.signals import Ending
 from train.stages import stage_of, total_steps
@@ -23,11 +24,20 @@ log = logging.getLogger(__name__)
 def train(run: Run) -> tuple[Ending, str]:
     """Train to the last step, a stop request or a stage on another layout; the last thing done is a save.
 
-    A run that skips too many steps in a row ends as FAILED, unsaved.
+    A run that skips too many steps in a row ends as FAILED, one whose memory changed by itself as REQUEUE,
+    both unsaved.
 
     Returns:
         How the run ended, and why.
     """
+    try:
+        return _to_the_end(run)
+    except DamagedStateError as error:
+        log.error("step %d: %s", run.progress.step, error)
+        return Ending.REQUEUE, str(error)
+
+
+def _to_the_end(run: Run) -> tuple[Ending, str]:
     progress, end = run.progress, total_steps(run.stages)
     if progress.step >= end:
         log.info("finished: %s is at step %d of %d", run.run_dir, progress.step, end)
@@ -41,6 +51,11 @@ def train(run: Run) -> tuple[Ending, str]:
             result = train_step(run, batches)
         recorder.observe(batches, result)
         cfg, step, last = run.cfg, progress.step, progress.step >= end
+        following = stage_of(run.stages, step)
+        moves = not last and following.cfg.parallel != cfg.parallel
+        is_due = cfg.checkpoint.every is not None and step % cfg.checkpoint.every == 0
+        saves = last or result.stop or moves or is_due
+        run.guard.remember(step, saves=saves)
         eval_loss = None
         if cfg.eval.every is not None and (last or step % cfg.eval.every == 0):
             with recorder.throughput.paused(), run.watchdog.section("evaluation", limits.eval_timeout_s):
@@ -50,10 +65,7 @@ def train(run: Run) -> tuple[Ending, str]:
         if reason := run.health.gave_up:
             log.error("%s", reason)
             return Ending.FAILED, reason
-        following = stage_of(run.stages, step)
-        moves = not last and following.cfg.parallel != cfg.parallel
-        is_due = cfg.checkpoint.every is not None and step % cfg.checkpoint.every == 0
-        if last or result.stop or moves or is_due:
+        if saves:
             with (
                 recorder.throughput.paused(),
                 run.watchdog.section("checkpoint", limits.checkpoint_timeout_s),
@@ -72,7 +84,12 @@ def train(run: Run) -> tuple[Ending, str]:
 
 
 def save(run: Run) -> None:
-    """Save weights, moments, clocks and data position of this step."""
+    """Save weights, moments, clocks and data position of this step.
+
+    Raises:
+        DamagedStateError: on every rank, if weights or moments changed since the update.
+    """
+    run.guard.check()
     data = run.loader.state_dict()
     run.progress.count_sources(run.stage.name, data["source_tokens"])
     facts = {

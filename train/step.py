@@ -38,7 +38,11 @@ class StepResult:
 
 
 def train_step(run: Run, batches: Sequence[Batch]) -> StepResult:
-    """Forward and backward over this rank's micro-batches, then one update, decided alike on every rank."""
+    """Forward and backward over this rank's micro-batches, then one update, decided alike on every rank.
+
+    Raises:
+        DamagedStateError: on every rank, before the update, if weights or moments changed since the last.
+    """
     cfg, progress = run.cfg, run.progress
     targets = all_reduce_sum(count_targets(batches).to(run.mesh.device), run.mesh.dp)
     for router in run.routers:
@@ -48,13 +52,17 @@ def train_step(run: Run, batches: Sequence[Batch]) -> StepResult:
     loss /= run.mesh.tp.size  # every tp rank has the same losses
     collect_gradients(run.shards, run.mesh.tp)
     squares = square_sum(run.shards).to(run.mesh.device)
-    sums = all_reduce_sum(torch.stack([loss, squares, squares.new_tensor(run.stop.is_set)]), run.mesh.world)
-    loss_sum, square, stops = sums.tolist()  # the one host read of a step
+    notes = [squares.new_tensor(run.stop.is_set), run.guard.damage()]
+    sums = all_reduce_sum(torch.stack([loss, squares, *notes]), run.mesh.world)
+    loss_sum, square, stops, damaged = sums.tolist()  # the one host read of a step
+    if damaged:
+        run.guard.fail()
     grad_norm = math.sqrt(square)
     skipped = run.health.judge(loss_sum, grad_norm)
     progress.advance(cfg.batch.global_tokens, skipped=skipped)
     lr = run.stage.lr_at(progress.tokens, run.total_tokens)
     if not skipped:
+        run.guard.forget()
         set_lr(run.optimizer, lr)
         clipped_step(run.optimizer, run.shards, clip_factor(sums[1], cfg.optimizer.max_grad_norm))
         for router in run.routers:
