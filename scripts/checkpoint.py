@@ -6,34 +6,48 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # import from the repository root, not from scripts/
 
 import argparse
+import math
+from collections import Counter
 
-from train.restore import read_manifest, verify
-from train.storage import CheckpointError, checkpoints_in
+from train.manifest import DTYPES, read_manifest, show
+from train.restore import verify
+from train.storage import MANIFEST, CheckpointError, checkpoints_in
 
 
 def main() -> int:
-    """Exit code: 0; 2 if it is no checkpoint; 3 if a file is not what the manifest says."""
+    """Exit code: 0; 2 if there is no checkpoint; 3 if it is damaged."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("action", choices=["inspect", "verify"])
     parser.add_argument("checkpoint", type=Path)
     arguments = parser.parse_args()
     newest = next(checkpoints_in(arguments.checkpoint / "checkpoints"), None)
     folder = arguments.checkpoint if newest is None else newest[1]
-    try:
-        return inspect(folder) if arguments.action == "inspect" else report(folder)
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
+    if not (folder / MANIFEST).exists():
+        print(f"error: {folder}: no checkpoint, it has no {MANIFEST}", file=sys.stderr)
         return 2
+    return inspect(folder) if arguments.action == "inspect" else report(folder)
 
 
 def inspect(folder: Path) -> int:
     """Print the manifest's facts."""
-    manifest = read_manifest(folder)
-    for key in ("step", "format", "git_commit", "torch"):
-        print(f"{key:<12}{manifest.get(key)}")
-    print(f"{'tensors':<12}{len(manifest['tensors'])}")
-    for name, facts in manifest.get("files", {}).items():
-        print(f"{name}  {facts['size']:>14,} bytes  {facts['sha256']}")
+    try:
+        manifest = read_manifest(folder, is_checked=False)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    print(f"{'step':<12}{manifest.step}")
+    for key in ("format", "kind", "git_commit", "torch", "progress"):
+        if key in manifest.facts:
+            print(f"{key:<12}{show(manifest.facts[key])}")
+    counts: Counter[str] = Counter()
+    for name, saved in manifest.tensors.items():
+        kind = f"{name.partition('.')[0]} {saved.dtype or ''}".strip()
+        counts[kind] += math.prod(saved.shape) * DTYPES.get(saved.dtype or "F32", 4)
+    print(f"{'tensors':<12}{len(manifest.tensors)}")
+    for kind, size in counts.items():
+        print(f"  {kind:<16}{size:>18,} bytes")
+    for name, facts in manifest.files.items():
+        print(f"{name}  {facts.size:>14,} bytes  {facts.sha256}")
     return 0
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from data.tokenizer import EOS_TOKENS, load_tokenizer, vocab_size
 from model.config import Balancing, LayerType, ModelConfig, RouterConfig, SlopeRule
 from model.transformer import Transformer
-from train.restore import read_boxes, read_manifest
+from train.manifest import Manifest, read_manifest
+from train.restore import read_boxes
 from train.storage import Box, CheckpointError, checkpoints_in
 
 if TYPE_CHECKING:
@@ -26,17 +27,17 @@ class Checkpoint:
     """A step folder and what its manifest says."""
 
     folder: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
 
     @property
     def config(self) -> Mapping[str, Any]:
         """Of the run that saved it; an imported model has only `model`."""
-        return self.manifest["config"]
+        return self.manifest.part("config")
 
     @property
     def step(self) -> int:
         """Steps it has been trained for."""
-        return self.manifest["step"]
+        return self.manifest.step
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -48,7 +49,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     newest = next(checkpoints_in(path / "checkpoints"), None)
     folder = path if newest is None else newest[1]
     manifest = read_manifest(folder)
-    if "model" not in manifest.get("config", {}):
+    if "model" not in manifest.part("config"):
         raise CheckpointError(f"{folder}: its manifest has no config.model; save it again with this version")
     return Checkpoint(folder, manifest)
 
@@ -82,7 +83,7 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
     if router.balancing is Balancing.bias:
         tensors |= {f"router.bias.{router.layer}": router.bias for router in model.routers()}
     boxes = {name: Box(x, tuple(x.shape), (0,) * x.dim()) for name, x in tensors.items()}
-    read_boxes(checkpoint.folder, checkpoint.manifest, boxes)
+    read_boxes(checkpoint.manifest, boxes)
     return model.eval()
 
 

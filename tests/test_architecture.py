@@ -26,6 +26,10 @@ ALLOWED = {  # folder -> folders of ours that it may import
 FILE_LINES, KERNEL_FILE_LINES = 400, 600
 FUNCTION_LINES, KERNEL_FUNCTION_LINES, TRAIN_STEP_LINES = 60, 200, 40
 TOTAL_LINES, KERNEL_TOTAL_LINES = 13500, 4500
+PICKLES = (
+    "pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "torch.serialization",
+    "allow_pickle", "weights_only",
+)  # fmt: skip
 PROCESS_FILES = {
     "train/pretrain.py",
     "parallel/mesh.py",
@@ -62,6 +66,11 @@ class Source:
         """Imports, and dotted names in expressions."""
         yield from self.imports()
         yield from ((n.lineno, dotted(n)) for n in self.nodes() if isinstance(n, ast.Attribute))
+
+    def keywords(self) -> Iterator[tuple[int, str]]:
+        """Line and name of each argument that is passed by name."""
+        calls = (node for node in self.nodes() if isinstance(node, ast.Call))
+        yield from ((call.lineno, each.arg) for call in calls for each in call.keywords if each.arg)
 
 
 Rule = Callable[[Path], list[str]]
@@ -165,9 +174,8 @@ def no_pickle(root: Path) -> list[str]:
     return [
         f"{source.path}:{line}: uses {name}; write safetensors or JSON"
         for source in sources(root)
-        for line, name in source.uses()
-        if within(name, "pickle", "cloudpickle", "dill")
-        or (name in ("torch.load", "torch.save") and source.folder != "tests")
+        for line, name in (*source.uses(), *source.keywords())
+        if within(name, *PICKLES) or (name in ("torch.load", "torch.save") and source.folder != "tests")
     ]
 
 
@@ -307,6 +315,10 @@ OFFENCES: list[tuple[Rule, str, str, int]] = [  # rule, file, text, offending li
     (no_pickle, "tests/a.py", "import pickle\n", 1),
     (no_pickle, "train/a.py", "import torch\ntorch.save({}, 'x')\n", 2),
     (no_pickle, "scripts/a.py", "from torch import load\n", 1),
+    (no_pickle, "data/a.py", "import numpy as np\nnp.load('x', allow_pickle=True)\n", 2),
+    (no_pickle, "train/a.py", "from torch.serialization import load as f\n", 1),
+    (no_pickle, "tests/a.py", "import torch\n\ntorch.hub.load('x', weights_only=False)\n", 3),
+    (no_pickle, "train/a.py", "import shelve\n", 1),
     (file_size, "train/a.py", "x = 1\n" * 401, 401),
     (file_size, "kernels/a.py", "x = 1\n" * 601, 601),
     (function_size, "scripts/a.py", "x = 1\n" + function("f", 61), 2),

@@ -152,14 +152,14 @@ def build_run(
     progress, health = RunProgress(), Health(cfg.health)
     guard = StateGuard(shards, optimizer, biases, mesh, every=cfg.health.hash_every)
     if found is not None:
-        manifest = load_checkpoint(found, shards=shards, optimizer=optimizer, biases=biases)
+        facts = load_checkpoint(found, shards=shards, optimizer=optimizer, biases=biases).facts
         with user_errors():
-            progress = RunProgress(**manifest["progress"])
-            loader.load_state_dict(manifest["data"], step=progress.step)
-        if "health" in manifest:  # else saved before there was any
-            health.load_state_dict(manifest["health"])
-        if "consumed" not in manifest["progress"]:  # saved before stages were counted
-            progress.count_sources("before", manifest["data"]["source_tokens"])
+            progress = RunProgress(**facts["progress"])
+            loader.load_state_dict(facts["data"], step=progress.step)
+        if "health" in facts:  # else saved before there was any
+            health.load_state_dict(facts["health"])
+        if "consumed" not in facts["progress"]:  # saved before stages were counted
+            progress.count_sources("before", facts["data"]["source_tokens"])
         log.info("resumed from %s", found)
     metrics = None
     if mesh.rank == 0:

@@ -3,15 +3,15 @@
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from parallel.placement import Shard, publish
 from train.checkpoint import Resume, state_boxes
+from train.manifest import Manifest, read_manifest
 from train.optimizer import set_step
-from train.restore import read_boxes, read_manifest
+from train.restore import read_boxes
 from train.storage import CheckpointError, checkpoints_in
 
 log = logging.getLogger(__name__)
@@ -51,11 +51,11 @@ def saved_step(run_dir: Path, resume: Resume) -> int:
 
 def load_checkpoint(
     path: Path, *, shards: Sequence[Shard], optimizer: torch.optim.Optimizer, biases: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """Fill weights, moments and router biases from a checkpoint of any layout; the manifest's facts."""
+) -> Manifest:
+    """Fill weights, moments and router biases from a checkpoint of any layout; its manifest."""
     manifest = read_manifest(path)
-    read_boxes(path, manifest, state_boxes(shards, optimizer, biases))
-    set_step(optimizer, shards, manifest["progress"]["optimizer_steps"])
+    read_boxes(manifest, state_boxes(shards, optimizer, biases))
+    set_step(optimizer, shards, manifest.facts["progress"]["optimizer_steps"])
     publish(shards)
     return manifest
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests.train.test_pretrain import pretrain
-from train.restore import read_manifest, verify
+from train.manifest import read_manifest
+from train.restore import verify
 from train.storage import Box, checksum, commit, write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,17 +66,17 @@ def test_damage_is_named(name: str, damage: Callable[[Path], None], reason: str,
 
 
 def test_a_name_that_leaves_the_folder_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.restore.FILE_NAME", re.compile(".*"))
+    monkeypatch.setattr("train.manifest.FILE_NAME", re.compile(".*"))
     path = make(tmp_path, 1)
     content = json.loads((path / "manifest.json").read_text())
     (tmp_path / "secret").write_text("x")
-    content["files"]["../secret"] = {"size": 1, "sha256": "0"}
+    content["files"]["../secret"] = {"size": 1, "sha256": 64 * "0"}
     del content["checksum"]
     (path / "manifest.json").write_text(json.dumps({**content, "checksum": checksum(content)}))
     assert ["sha256" in line for line in verify(path)] == [True]  # opened, where any name is taken
     monkeypatch.undo()
     (problem,) = verify(path)
-    assert "names '../secret', which no rank writes" in problem
+    assert "names '../secret', which nobody writes" in problem
 
 
 def test_two_processes_write_what_verifies(license_corpus: Path, tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_two_processes_write_what_verifies(license_corpus: Path, tmp_path: Path)
         processes=2,
     )  # fmt: skip
     path = tmp_path / "checkpoints/step-2"
-    assert sorted(read_manifest(path)["files"]) == ["rank-00000.safetensors", SHARD]
+    assert sorted(read_manifest(path).files) == ["rank-00000.safetensors", SHARD]
     assert verify(path) == []
     flip(path / SHARD)
     assert len(verify(path)) == 1
@@ -97,4 +98,5 @@ def test_script(tmp_path: Path) -> None:
     result = script("verify", path)
     assert result.returncode == 3 and result.stdout.startswith(f"{path / SHARD}: sha256 ")
     (path / "manifest.json").write_text("")
-    assert script("verify", path).returncode == script("inspect", tmp_path / "none").returncode == 2
+    assert script("verify", path).returncode == script("inspect", path).returncode == 3
+    assert script("verify", tmp_path / "none").returncode == 2
