@@ -204,7 +204,8 @@ def share_map(
         box = f'x="{x:.2f}" y="{y:.2f}" width="{cell_w:.2f}" height="{cell_h:.2f}"'
         tip = escape(f"{rows[0]} {rows[1][r]}, {columns[1][c]} {columns[0]}: {100 * share:.1f} %")
         body.append(
-            f'<rect class="mid" {box}/><rect class="good" {box} fill-opacity="{share:.2f}" data-tip="{tip}"/>'
+            f'<rect class="mid" {box}/>'
+            f'<rect class="good" {box} fill-opacity="{0.7 * share:.2f}" data-tip="{tip}"/>'
         )
         body.append(
             _text(x + cell_w / 2, y + cell_h / 2 + 4, f"{100 * share:.0f}").replace(

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from data.dataset import DatasetWriter, TokenDataset
+from data.stream import split_documents
 from data.tokenizer import load_tokenizer
-from scripts.evaluate import main
-from scripts.load_model import load_model, open_checkpoint
+from scripts.evaluate import main, read_texts
+from scripts.load_model import Checkpoint, load_model, open_checkpoint
 from scripts.needles import SENTENCES, encoder, make_document, make_task
 from scripts.needles import main as write_needles
+from train.manifest import Manifest
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -176,12 +178,12 @@ def test_what_cannot_be_used_is_named(
 
 def test_held_out_documents_are_not_those_of_the_training(needles: Path) -> None:
     """The split that perplexity reads by default is the loader's."""
-    from scripts.evaluate import read_texts
-    from scripts.load_model import Checkpoint
-
     config = {
         "model": {"vocab_size": 128},
         "data": {"sources": [{"path": str(needles)}], "eval_fraction": 0.1},
     }
-    texts = read_texts(Checkpoint(Path("x"), {"config": config}), None, 24, 999)
-    assert 10 < len(texts) < 60 < TokenDataset(needles).num_documents
+    checkpoint = Checkpoint(needles, Manifest(needles, 0, {}, {}, {"config": config}))
+    texts = read_texts(checkpoint, None, 24, 999)
+    dataset = TokenDataset(needles)
+    training = split_documents(dataset.document_lengths, split="train", eval_fraction=0.1)
+    assert 10 < len(texts) == dataset.num_documents - len(training) < 60

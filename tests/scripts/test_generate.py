@@ -17,6 +17,7 @@ from data.loader import Loader, Shape
 from scripts.generate import main
 from scripts.load_model import Checkpoint, end_token, find_tokenizer, load_model, open_checkpoint
 from tests.train.test_pretrain import lines
+from train.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["Flight Paris 47 is on time. The train to the coast", "Rain fell", "Flight Oslo 11 is"]
@@ -114,11 +115,12 @@ def test_the_end_of_a_document_is_the_one_of_the_data(trained: Path, needles: Pa
     manifest = json.loads(Path(f"{needles}.json").read_text())
     (tmp_path / "data.json").write_text(json.dumps({**manifest, "eos_id": 9}))
     config = {"data": {"sources": [{"path": str(tmp_path / "data")}]}}
-    renamed = Checkpoint(tmp_path, {"config": config})
+    renamed = Checkpoint(tmp_path, Manifest(tmp_path, 0, {}, {}, {"config": config}))
     assert end_token(renamed, tokenizer, None) == 9
     assert end_token(renamed, tokenizer, "Rain") == tokenizer.token_to_id("Rain")
     assert end_token(open_checkpoint(trained), tokenizer, None) == 0
-    assert end_token(Checkpoint(tmp_path, {"config": {}}), tokenizer, None) == 0
+    imported = Checkpoint(tmp_path, Manifest(tmp_path, 0, {}, {}, {"config": {}}))
+    assert end_token(imported, tokenizer, None) == 0
 
 
 @pytest.mark.parametrize(
