@@ -37,6 +37,8 @@ class Step(NamedTuple):
     batches: list[Batch]
     counts: Counts
     state: dict[str, Any]
+    documents: list[list[np.ndarray]]
+    """Of each row of each micro-batch: [documents, 2], source and number of each, in the order of offsets."""
 
 
 class Loader:
@@ -82,7 +84,7 @@ class Loader:
                 raise ValueError(_empty_split(dataset, split, cfg))
         self._streams = [TokenStream(datasets[unit.source], unit.order) for unit in self._units]
         self._planner = Planner(self._units, cfg)
-        self._counts = Counts()
+        self._counts, self._skipped = Counts(), [0] * len(datasets)
         shares = cfg.length_shares if self._buckets else None
         self.mixture = Mixture(
             tuple(source.weight for source in cfg.sources), None if shares is None else tuple(shares)
@@ -150,9 +152,16 @@ class Loader:
         plan = self._planner.plan(shape.row_tokens, shape.global_rows, mixture)
         # Global row of this rank's i-th row of micro-batch m: (m * size + rank) * micro_rows + i.
         mine = np.arange(shape.global_rows).reshape(-1, self._size, shape.micro_rows)[:, self._rank].ravel()
-        rows = stack_rows([self._read_row(plan.rows[g], shape.row_tokens) for g in mine])
-        parts = zip(*(tensor.split(shape.micro_rows) for tensor in rows), strict=True)
-        return Step([Batch(*part) for part in parts], plan.counts, self.state_dict())
+        rows, documents = zip(*(self._read_row(plan.rows[g], shape.row_tokens) for g in mine), strict=True)
+        parts = zip(*(tensor.split(shape.micro_rows) for tensor in stack_rows(rows)), strict=True)
+        groups = [list(documents[i : i + shape.micro_rows]) for i in range(0, len(rows), shape.micro_rows)]
+        return Step([Batch(*part) for part in parts], plan.counts, self.state_dict(), groups)
+
+    def skip(self, shape: Shape, mixture: Mixture) -> None:
+        """Go on by one step that nobody reads; the state says how many tokens were skipped."""
+        self.check_mixture(mixture)
+        counts = self._planner.plan(shape.row_tokens, shape.global_rows, mixture).counts
+        self._skipped = [a + b for a, b in zip(self._skipped, counts.source_tokens, strict=True)]
 
     def read_counts(self) -> Counts:
         """Return what became of tokens and documents since the last call, over all ranks."""
@@ -166,7 +175,8 @@ class Loader:
         for unit, tokens in zip(self._units, state["taken"], strict=True):
             taken[unit.source] += tokens
         units = [[unit.source, unit.bucket] for unit in self._units]
-        return {**self._order, "units": units, "source_tokens": taken, **state}
+        tokens = {"source_tokens": taken, "skipped_tokens": self._skipped}
+        return {**self._order, "units": units, **tokens, **state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved place; shape, weights, window and max_epochs may have changed.
@@ -187,9 +197,14 @@ class Loader:
                     "or start a new run with checkpoint.init"
                 )
         self._planner.load_state_dict(state)
+        self._skipped = list(state.get("skipped_tokens", self._skipped))  # older states know of none
 
-    def _read_row(self, pieces: Sequence[Piece], row_tokens: int) -> Row:
-        """Read one row: in best_fit pieces of one document each, in concatenation one piece of many."""
+    def _read_row(self, pieces: Sequence[Piece], row_tokens: int) -> tuple[Row, np.ndarray]:
+        """Read one row: in best_fit pieces of one document each, in concatenation one piece of many.
+
+        Returns:
+            It, and source and number of its documents [documents, 2].
+        """
         spans = [self._streams[unit].read(position, count=length) for unit, position, length in pieces]
         tokens = np.concatenate([span.tokens for span in spans])
         if tokens.min() < 0 or tokens.max() >= self._vocab_size:
@@ -202,9 +217,12 @@ class Loader:
             begins = np.cumsum(lengths) - lengths
             ends = [span.ends + begin for span, begin in zip(spans, begins, strict=True)]
             labels[np.concatenate(ends)] = NO_TARGET
+        sources = [self._units[piece.unit].source for piece in pieces]
+        numbers = [span.documents for span in spans]
+        documents = np.column_stack([np.repeat(sources, list(map(len, numbers))), np.concatenate(numbers)])
         if self._cfg.packing is Packing.concatenate:
-            return pack_row(tokens, labels, starts=spans[0].starts)
-        return pack_documents(tokens, labels, lengths=lengths, row_tokens=row_tokens)
+            return pack_row(tokens, labels, starts=spans[0].starts), documents
+        return pack_documents(tokens, labels, lengths=lengths, row_tokens=row_tokens), documents
 
     def _refuse(self, pieces: Sequence[Piece], spans: Sequence[Span]) -> NoReturn:
         """Name the document with a token outside the vocabulary."""

@@ -4,11 +4,12 @@ Invariant: batches, state and counts are those of the loader alone, without what
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import torch
 
 from data.loader import Loader, Shape, Step
@@ -36,9 +37,12 @@ class Prefetcher:
     ) -> None:
         self._loader, self._plan, self._step, self._device = loader, plan, step, torch.device(device)
         self._state, self._counts = loader.state_dict(), Counts()
+        self._skips: Mapping[int, int] = {}
         self._ahead: Future[Step] | None = None
         self._thread: Thread | None = None
         self._wait_seconds = 0.0
+        self.documents: list[list[np.ndarray]] = []
+        """Those of the last step that was handed out, as in Step."""
 
     def next_step(self) -> list[Batch]:
         """Return this rank's micro-batches of the next step and begin with the one after it.
@@ -50,7 +54,7 @@ class Prefetcher:
         ahead = self._ahead or self._start()
         step = ahead.result()
         self._wait_seconds += time.perf_counter() - began
-        self._state, self._step = step.state, self._step + 1
+        self._state, self._step, self.documents = step.state, self._step + 1, step.documents
         self._counts.add(step.counts)
         self._start()
         return step.batches
@@ -59,9 +63,16 @@ class Prefetcher:
         """Return the place in the data order after the last step that was handed out."""
         return self._state
 
-    def load_state_dict(self, state: dict[str, Any], *, step: int) -> None:
-        """Go on from a saved place with the step of this number; what was read ahead is dropped."""
+    def load_state_dict(
+        self, state: dict[str, Any], *, step: int, skips: Mapping[int, int] | None = None
+    ) -> None:
+        """Go on from a saved place with the step of this number; what was read ahead is dropped.
+
+        Args:
+            skips: number -> number: before the first, the data of steps from it to the second are skipped.
+        """
         self.close()
+        self._skips = skips or {}
         self._loader.load_state_dict(state)
         self._state, self._step = self._loader.state_dict(), step
 
@@ -93,6 +104,8 @@ class Prefetcher:
 
     def _prepare(self, ahead: Future[Step], number: int) -> None:
         try:
+            for skipped in range(number, self._skips.get(number, number)):
+                self._loader.skip(*self._plan(skipped))
             step = self._loader.prepare(*self._plan(number))
             if self._device.type == "cuda":
                 # A new thread's device is GPU 0, where pinning would open a context for each rank.

@@ -5,7 +5,7 @@ Invariant: decisions follow from values that are the same on every rank, so all 
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -23,6 +23,7 @@ class OnSpike(StrEnum):
     """What follows a spike."""
 
     log = "log"
+    clip = "clip"
     skip = "skip"
 
 
@@ -35,7 +36,8 @@ class HealthConfig:
     spike_sigmas: float = 6.0
     """Deviations above the mean at which loss or gradient norm is a spike."""
     on_spike: OnSpike = OnSpike.log
-    """log: say so; skip: and leave weights, moments and the window alone."""
+    """log: say so; clip: scale the gradient down to what is usual (arXiv 2504.02507) and leave the step out
+    of the window; skip: leave weights and moments alone, too."""
     max_skips_in_row: int | None = 10
     """Skipped steps in a row at which the run ends as FAILED, without saving; null = never."""
 
@@ -83,11 +85,14 @@ class Health:
         """Deviations above the mean, the larger of the two, at the last step; None = cannot be told."""
         self.spike = ""
         """What was a spike at the last step; "" = nothing."""
+        self.norm_limit = math.inf
+        """What the last step's gradient norm is to be clipped to."""
 
     def judge(self, loss: float, grad_norm: float) -> bool:
         """Whether the step is skipped, once a step, before its update."""
         values = {"loss": loss, "grad_norm": grad_norm}
         skipped, self.score, self.spike = not math.isfinite(loss + grad_norm), None, ""
+        self.norm_limit = math.inf
         if not skipped and 2 * len(self.windows["loss"]) >= self.cfg.window:
             scores = {key: deviations(value, self.windows[key]) for key, value in values.items()}
             key, self.score = max(scores.items(), key=lambda item: item[1])
@@ -97,11 +102,21 @@ class Health:
                 self.spike = (
                     f"{key} {values[key]:.4g} is {self.score:.1f} deviations above that of {size} steps"
                 )
-        if not skipped:
+                if self.cfg.on_spike is OnSpike.clip:
+                    self.norm_limit = self._usual_norm(grad_norm, scores["grad_norm"])
+        if not skipped and self.norm_limit == math.inf:
             for key, value in values.items():
                 self.windows[key].append(value)
         self.skips_in_row = self.skips_in_row + 1 if skipped else 0
         return skipped
+
+    def _usual_norm(self, norm: float, score: float) -> float:
+        """mean + sigmas^2 / score deviations: the farther out, the nearer to the mean (arXiv 2504.02507)."""
+        if score <= self.cfg.spike_sigmas:
+            return norm  # the loss is the spike
+        window = self.windows["grad_norm"]
+        mean = math.fsum(window) / len(window)
+        return mean + (norm - mean) * (self.cfg.spike_sigmas / score) ** 2
 
     @property
     def gave_up(self) -> str:
@@ -134,12 +149,20 @@ def deviations(value: float, window: Sequence[float]) -> float:
 
 
 @torch.no_grad()
-def find_non_finite(losses: Sequence[Tensor], shards: Sequence[Shard], *, dp: Axis, micro_rows: int) -> str:
+def find_non_finite(
+    losses: Sequence[Tensor],
+    shards: Sequence[Shard],
+    *,
+    dp: Axis,
+    micro_rows: int,
+    documents_at: Callable[[int, Tensor], Sequence[str]] = lambda number, bad: [],
+) -> str:
     """Where this rank sees non-finite values; "" = nowhere. Reads from the device: for skipped steps only.
 
     Args:
         losses: of each micro-batch of the step, [micro_rows, tokens/cp] or a scalar.
         shards: whose gradients to look at where the losses are finite.
+        documents_at: names those of a micro-batch under a mask [micro_rows, tokens/cp].
     """
     found = []
     for number, loss in enumerate(losses):
@@ -148,8 +171,14 @@ def find_non_finite(losses: Sequence[Tensor], shards: Sequence[Shard], *, dp: Ax
             rows = bad.any(1).nonzero().flatten().tolist() if bad.dim() else range(micro_rows)
             first = (number * dp.size + dp.rank) * micro_rows
             found.append(f"loss of micro-batch {number}, rows {[first + row for row in rows]} of the step")
+            if bad.dim() and (names := documents_at(number, bad.cpu())):
+                found[-1] += f" ({_some(names, ', ')})"
     if not found:
         names = [s.name for s in shards if s.master.grad is not None and not s.master.grad.isfinite().all()]
         found = [f"gradient of {name}" for name in names]
-    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-    return "; ".join(found[:NAMED]) + more
+    return _some(found, "; ")
+
+
+def _some(names: Sequence[str], separator: str) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return separator.join(names[:NAMED]) + more

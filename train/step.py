@@ -64,20 +64,32 @@ def train_step(run: Run, batches: Sequence[Batch]) -> StepResult:
     if not skipped:
         run.guard.forget()
         set_lr(run.optimizer, lr)
-        clipped_step(run.optimizer, run.shards, clip_factor(sums[1], cfg.optimizer.max_grad_norm))
+        max_norm = min(cfg.optimizer.max_grad_norm, run.health.norm_limit)
+        clipped_step(run.optimizer, run.shards, clip_factor(sums[1], max_norm))
         for router in run.routers:
             router.end_step()
     elif not math.isfinite(loss_sum + grad_norm):
-        warn_of_source(run, loss_sum)
+        warn_of_source(run, batches, loss_sum)
     drop_gradients(run.shards)
     return StepResult(loss_sum, grad_norm, lr, skipped, stops > 0)
 
 
-def warn_of_source(run: Run, loss_sum: float) -> None:
+def warn_of_source(run: Run, batches: Sequence[Batch], loss_sum: float) -> None:
     """Say where non-finite values arose, if it was on this rank."""
     dp, micro_rows = run.mesh.dp, run.cfg.batch.micro_rows
     shards = run.shards if math.isfinite(loss_sum) else []  # a bad loss spoils every rank's gradients
-    found = find_non_finite(run.engine.micro_losses, shards, dp=dp, micro_rows=micro_rows)
+
+    def documents_at(number: int, bad: torch.Tensor) -> list[str]:
+        places = zigzag(torch.arange(run.cfg.batch.row_tokens)[None], run.mesh.cp)[0]
+        found = []
+        for row in bad.any(1).nonzero().flatten().tolist():
+            starts = batches[number].offsets[row].cpu().long()
+            indices = torch.searchsorted(starts, places[bad[row]], right=True).unique() - 1
+            found += [run.loader.documents[number][row][i] for i in indices.tolist()]
+        return [f"data.sources[{source}] document {document}" for source, document in found]
+
+    losses = run.engine.micro_losses
+    found = find_non_finite(losses, shards, dp=dp, micro_rows=micro_rows, documents_at=documents_at)
     if found:
         log.warning("step %d: non-finite on rank %d: %s", run.progress.step, run.mesh.rank, found)
 

@@ -115,3 +115,29 @@ def test_close_leaves_no_thread(datasets: list[TokenDataset]) -> None:
     prefetcher.close()
     assert not set(all_threads()) - before
     prefetcher.close()
+
+
+@pytest.mark.parametrize("end", [3, 5])
+def test_a_gap_in_the_data_is_what_the_steps_in_it_read(datasets: list[TokenDataset], end: int) -> None:
+    """Before step 2 the data of steps 2 to end - 1 are left out, with their own sizes and mixtures."""
+    whole, gapped = (Prefetcher(build(datasets), plan) for _ in range(2))
+    steps = [whole.next_step() for _ in range(8)]
+    taken = [0] * len(datasets)
+    gapped.load_state_dict(build(datasets).state_dict(), step=0, skips={2: end})
+    plain = Prefetcher(build(datasets), plan)
+    for number in range(end):
+        before = plain.state_dict()["source_tokens"]
+        plain.next_step()
+        if number >= 2:
+            after = plain.state_dict()["source_tokens"]
+            taken = [total + b - a for total, a, b in zip(taken, before, after, strict=True)]
+    assert all(same(gapped.next_step(), steps[number]) for number in range(2))
+    assert gapped.state_dict()["skipped_tokens"] == [0] * len(datasets)  # read ahead, not handed out
+    gapped.next_step()
+    state = gapped.state_dict()
+    assert state["skipped_tokens"] == taken and sum(taken) > 0
+    resumed = Prefetcher(build(datasets), plan)
+    resumed.load_state_dict(state, step=3, skips={2: end})
+    for each in (gapped, resumed):
+        assert each.next_step() is not None and each.state_dict()["skipped_tokens"] == taken
+    assert gapped.state_dict() == resumed.state_dict()

@@ -2,16 +2,27 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from data.config import DataConfig, SourceConfig
+from data.dataset import TokenDataset
+from data.loader import Loader, Shape
+from model.router import Micro, Router, Routing
+from parallel.grad import scale_gradients
 from parallel.mesh import Axis
+from parallel.placement import Shard, collect_gradients
+from tests.train.forked import run_forked
 from tests.train.test_pretrain import ROOT, column, ending, lines, tensors
 from train.health import Health, HealthConfig, OnSpike, find_non_finite
 
@@ -60,7 +71,7 @@ def poisoned_run(
 @pytest.mark.parametrize(
     ("layout", "where"),
     [
-        ([], "micro-batch 0, rows [3] of the step"),
+        ([], "micro-batch 0, rows [3] of the step (data.sources[0] document"),
         (["parallel.pp=2", "parallel.schedule=1f1b"], "micro-batch 1, rows [2, 3] of the step"),
     ],
     ids=["dp", "pp"],
@@ -132,6 +143,128 @@ def test_a_spike_is_skipped_alike_on_all_ranks(action: str, license_corpus: Path
     assert all(np.array_equal(before[key], after[key]) for key in before) is skipped
     assert (health_at(run_dir, 7)["windows"] == health_at(run_dir, 8)["windows"]) is skipped
     assert (records[7]["loss"] in health_at(run_dir, 8)["windows"]["loss"]) is not skipped
+
+
+def gradients_times(factor: float, step: int, rank: int) -> None:
+    """A fault for run_forked: all gradients of one step are too large, on every rank."""
+    calls = [0]
+
+    def collect(shards: Sequence[Shard], tp: Axis) -> None:
+        collect_gradients(shards, tp)
+        calls[0] += 1
+        if calls[0] == step:
+            scale_gradients(shards, factor)
+
+    mock.patch("train.step.collect_gradients", collect).start()
+
+
+def applied_norm(run_dir: Path, step: int) -> float:
+    """Norm of the gradient that a step's update used, from the first moments around it."""
+    before, after = (tensors(run_dir / f"checkpoints/step-{n}") for n in (step - 1, step))
+    names = [key for key in after if "/exp_avg." in key]
+    gradients = [(after[key].astype(float) - 0.9 * before[key]) / 0.1 for key in names]
+    return float(np.sqrt(sum(np.square(each).sum() for each in gradients)))
+
+
+@pytest.mark.parametrize("action", ["clip", "skip", "log"])
+def test_a_gradient_of_a_thousand_times_its_size(action: str, license_corpus: Path, tmp_path: Path) -> None:
+    """Only the gradient is wrong, at step 8, and optimizer.max_grad_norm does not help."""
+    ended = run_forked(
+        tmp_path, f"data.sources=[{{path: {license_corpus}}}]", *SPIKY, "train.steps=9",
+        "optimizer.max_grad_norm=1e9", f"health.on_spike={action}", processes=2,
+        fault=partial(gradients_times, 1000.0, 8),
+    )  # fmt: skip
+    assert ended.codes == [0, 0], ended.said
+    records = lines(tmp_path)
+    norms = health_at(tmp_path, 7)["windows"]["grad_norm"]
+    assert records[7]["grad_norm"] > 100 * max(norms) and records[6]["grad_norm"] == norms[-1]
+    is_excluded = health_at(tmp_path, 7)["windows"] == health_at(tmp_path, 8)["windows"]
+    assert is_excluded is (action != "log") and [r["skipped"] for r in records[7:]] == [action == "skip", 0]
+    before, after = (tensors(tmp_path / f"checkpoints/step-{step}") for step in (7, 8))
+    if action == "skip":
+        assert all(np.array_equal(before[key], after[key]) for key in before)
+    else:
+        score = records[7]["spike_score"]
+        usual = np.mean(norms) + 20**2 / score * (records[7]["grad_norm"] - np.mean(norms)) / score
+        assert np.mean(norms) < usual < 2 * np.mean(norms)
+        expected = usual if action == "clip" else records[7]["grad_norm"]
+        assert applied_norm(tmp_path, 8) == pytest.approx(expected, rel=1e-3)
+    said = {"clip": "clipped to norm", "skip": "skipped:", "log": "not skipped:"}[action]
+    assert ended.said[0].count(f"step 8: spike, {said}") == 1
+
+
+def nan_in_router(layer: int, number: int, on_rank: int, rank: int) -> None:
+    """A fault for run_forked: the logits of one token in one layer are NaN in one micro-batch of one rank."""
+    inner = Router.forward
+
+    def forward(self: Router, x: torch.Tensor, micro: Micro) -> Routing:
+        if (rank, self.layer, int(micro.number)) != (on_rank, layer, number):
+            return inner(self, x, micro)
+
+        def spoil(gate: torch.nn.Module, inputs: object, logits: torch.Tensor) -> torch.Tensor:
+            spoiled = logits.clone()
+            spoiled[1, 70] = float("nan")
+            return spoiled
+
+        hook = self.gate.register_forward_hook(spoil)
+        try:
+            return inner(self, x, micro)
+        finally:
+            hook.remove()
+
+    Router.forward = forward  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("layout", ["parallel.ep=2", "router.capacity_factor=1.0"])
+def test_nan_in_router_logits_skips_one_step_on_all(
+    layout: str, license_corpus: Path, tmp_path: Path
+) -> None:
+    """Also the router's own state stays: the bias does not move by the choices of such a step."""
+    ended = run_forked(
+        tmp_path, f"data.sources=[{{path: {license_corpus}}}]", "train.steps=4", "router.balancing=bias",
+        "checkpoint.every=1", "checkpoint.keep=null", layout, processes=2,
+        fault=partial(nan_in_router, 2, 2 * 2 + 1, 1),
+    )  # fmt: skip
+    assert ended.codes == [0, 0], ended.said
+    assert [record["skipped"] for record in lines(tmp_path)] == [0, 0, 1, 0]
+    second, third, fourth = (tensors(tmp_path / f"checkpoints/step-{step}") for step in (2, 3, 4))
+    assert any("router.bias.2" in key for key in second)
+    assert all(np.array_equal(second[key], third[key]) for key in second)
+    assert not any(np.array_equal(third[key], fourth[key]) for key in third if "router.bias" in key)
+    progress = [
+        json.loads((tmp_path / f"checkpoints/step-{step}/manifest.json").read_text())["progress"]
+        for step in (2, 3, 4)
+    ]
+    assert [each["optimizer_steps"] for each in progress] == [2, 2, 3]
+    assert [each["step"] for each in progress] == [2, 3, 4]
+    (warning,) = [line for said in ended.said for line in said.splitlines() if "non-finite on" in line]
+    assert warning in ended.said[1]
+    found = re.search(
+        r"step 3: non-finite on rank 1: loss of micro-batch 1, rows \[7\] of the step "
+        r"\(data.sources\[0\] document (\d+)\)$",
+        warning,
+    )
+    assert found, warning
+    assert int(found[1]) == document_at(license_corpus, step=3, row=7, place=70)
+
+
+def document_at(corpus: Path, *, step: int, row: int, place: int) -> int:
+    """The document at a place of a row, read by a loader of one rank."""
+    loader = Loader(
+        [TokenDataset(str(corpus))], DataConfig(sources=[SourceConfig(path=str(corpus))]), split="train",
+        shape=Shape(128, 8, 8), rank=0, size=1, seed=0, vocab_size=512,
+    )  # fmt: skip
+    for _ in range(step):
+        prepared = loader.prepare(Shape(128, 8, 8), loader.mixture)
+    starts = prepared.batches[0].offsets[row].tolist()
+    index = max(i for i, start in enumerate(starts) if start <= place)
+    source, document = prepared.documents[0][row][index]
+    assert source == 0
+    dataset = TokenDataset(str(corpus))
+    tokens = np.empty(int(dataset.document_lengths[document]), np.int64)
+    dataset.read(int(document), 0, tokens)
+    assert int(prepared.batches[0].tokens[row, place]) in tokens.tolist()
+    return int(document)
 
 
 def test_a_resumed_run_judges_spikes_alike(license_corpus: Path, tmp_path: Path) -> None:
