@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from train.integrity import StateGuard
 from train.metrics import MetricsWriter
 from train.optimizer import build_optimizer
 from train.resume import find_checkpoint, load_checkpoint, set_results_aside
+from train.rewind import skipped_steps
 from train.signals import StopRequest
 from train.stages import Stage, naming, stage_of, tokens_at, total_steps
 from train.watchdog import Watchdog
@@ -42,6 +43,7 @@ from train.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 30
+SKIPPED = "skipped by rewind"
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
 
 
@@ -56,10 +58,14 @@ class RunProgress:
     optimizer_steps: int = 0
     """Updates made."""
     consumed: dict[str, list[int]] = field(default_factory=dict)
-    """By stage name: stream tokens taken from each of data.sources."""
+    """By stage name, or SKIPPED: stream tokens taken from each of data.sources."""
+    rewinds: list[list[int]] = field(default_factory=list)
+    """[to] or [to, a, b] of each rewind before this step, as in RewindConfig."""
 
-    def count_sources(self, stage: str, totals: list[int]) -> None:
-        """Note what a stage took: of the run's totals, what no other stage did."""
+    def count_sources(self, stage: str, totals: list[int], skipped: Sequence[int] = ()) -> None:
+        """Note what a stage took: of the run's totals, what no other stage did and no rewind skipped."""
+        if any(skipped):
+            self.consumed[SKIPPED] = list(skipped)
         others = [tokens for name, tokens in self.consumed.items() if name != stage]
         self.consumed[stage] = [total - sum(taken) for total, *taken in zip(totals, *others, strict=True)]
 
@@ -155,7 +161,10 @@ def build_run(
         facts = load_checkpoint(found, shards=shards, optimizer=optimizer, biases=biases).facts
         with user_errors():
             progress = RunProgress(**facts["progress"])
-            loader.load_state_dict(facts["data"], step=progress.step)
+            if cfg.rewind.entry and cfg.rewind.entry not in progress.rewinds:
+                progress.rewinds.append(cfg.rewind.entry)
+            skips = skipped_steps(progress.rewinds)
+            loader.load_state_dict(facts["data"], step=progress.step, skips=skips)
         if "health" in facts:  # else saved before there was any
             health.load_state_dict(facts["health"])
         if "consumed" not in facts["progress"]:  # saved before stages were counted
@@ -214,12 +223,19 @@ def build_engine(parts: list[Transformer], cfg: RunConfig, mesh: Mesh) -> Single
 
 def enter_stage(run: Run, stage: Stage) -> None:
     """Go on with a stage of the same layout: its sizes, its schedule of micro-batches, its RoPE base."""
-    run.progress.count_sources(run.stage.name, run.loader.state_dict()["source_tokens"])
+    count_data(run)
     run.stage = stage
     for part in run.parts:
         part.rope_theta = stage.cfg.model.rope_theta
     run.engine = build_engine(run.parts, stage.cfg, run.mesh)
     log.info("stage %s: %d tokens a row, %d a step", stage.name, *stage.sizes)
+
+
+def count_data(run: Run) -> dict[str, Any]:
+    """Note in the progress what the present stage took; the loader's state."""
+    data = run.loader.state_dict()
+    run.progress.count_sources(run.stage.name, data["source_tokens"], data["skipped_tokens"])
+    return data
 
 
 def build_data(

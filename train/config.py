@@ -21,12 +21,13 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from data.config import DataConfig
 from model.config import ModelConfig, RouterConfig
 from parallel.config import SPLIT_BACKWARD, MoEConfig, ParallelConfig, Recompute, Schedule, num_stages
-from train.checkpoint import CheckpointConfig
+from train.checkpoint import CheckpointConfig, Resume
 from train.curriculum import StageConfig
 from train.dashboards import WandbConfig
 from train.health import HealthConfig
 from train.metrics import LogConfig
 from train.optimizer import OptimizerConfig
+from train.rewind import RewindConfig
 from train.schedule import ScheduleConfig
 
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
@@ -122,6 +123,7 @@ class RunConfig:
     curriculum: list[StageConfig] = field(default_factory=list)
     """Stages, one after the other; none = one stage of train.steps."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    rewind: RewindConfig = field(default_factory=RewindConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -156,6 +158,10 @@ class RunConfig:
         for key, value in positive.items():
             if value < 1:
                 raise ConfigError(f"{key}={value} must be at least 1")
+        if self.rewind.to is not None and self.checkpoint.resume is Resume.never:
+            raise ConfigError(
+                f"rewind.to={self.rewind.to} needs a checkpoint; checkpoint.resume=never must be auto or must"
+            )
         if not self.data.sources:
             raise ConfigError("data.sources is empty; give at least one {path: PREFIX, weight: 1.0}")
         rows, unit = self.batch.micro_rows * dp, self.batch.row_tokens * self.batch.micro_rows * dp

@@ -1,6 +1,7 @@
 """The training loop: a step, and periodic work as visible lines."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -8,7 +9,7 @@ import torch
 
 from data.packing import Batch
 from model.flops import training_flops_per_token
-from train.build import Run, enter_stage
+from train.build import Run, count_data, enter_stage
 from train.checkpoint import save_checkpoint
 from train.config import user_errors
 from train.expert_counts import read_counts
@@ -90,8 +91,7 @@ def save(run: Run) -> None:
         DamagedStateError: on every rank, if weights or moments changed since the update.
     """
     run.guard.check()
-    data = run.loader.state_dict()
-    run.progress.count_sources(run.stage.name, data["source_tokens"])
+    data = count_data(run)
     facts = {
         "progress": asdict(run.progress),
         "data": data,
@@ -129,7 +129,10 @@ class Recorder:
         scores = [score for score in (self.spike_score, health.score) if score is not None]
         self.spike_score = max(scores, default=None)
         if health.spike and self.run.metrics is not None:
-            done = "skipped" if result.skipped else "not skipped"
+            clipped = (
+                f"clipped to norm {health.norm_limit:.4g}" if health.norm_limit < math.inf else "not skipped"
+            )
+            done = "skipped" if result.skipped else clipped
             log.warning("step %d: spike, %s: %s", self.run.progress.step, done, health.spike)
         for batch in batches:
             lengths = batch.offsets.diff(dim=1).double()

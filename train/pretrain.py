@@ -35,6 +35,7 @@ from train.lock import RunLock, lock_holder, take_lock
 from train.log import set_up_logging
 from train.loop import train
 from train.resume import NoCheckpointError, saved_step
+from train.rewind import set_newer_aside
 from train.signals import EXIT_CODES, Ending, StopRequest, clear_sentinels, write_sentinel
 from train.stages import build_stages, stage_of, validate_stages
 from train.watchdog import Watchdog
@@ -65,6 +66,8 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
         world = join_job(device)
         if holder := from_leader(lock.holder, world):
             raise ConfigError(f"run_dir={run_dir} is in use by {holder}; stop it, or use another run_dir")
+        if problem := from_leader(set_newer_aside(run_dir, cfg.rewind) if leader else "", world):
+            raise ConfigError(problem)
         stage = stage_of(stages, saved_step(run_dir, cfg.checkpoint.resume))
         mesh = init_mesh(
             stage.cfg.parallel,

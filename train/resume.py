@@ -66,9 +66,14 @@ def set_results_aside(run_dir: Path) -> None:
     found = [run_dir / name for name in names if (run_dir / name).exists()]
     if not found:
         return
-    number = 1 + sum(1 for _ in run_dir.glob("previous-*"))
-    target = run_dir / f"previous-{number}"
-    target.mkdir()
+    target = new_previous(run_dir)
     for path in found:
         path.rename(target / path.name)
     log.warning("checkpoint.resume=never: earlier results moved to %s", target)
+
+
+def new_previous(run_dir: Path) -> Path:
+    """A new folder previous-N of a run directory."""
+    target = run_dir / f"previous-{1 + sum(1 for _ in run_dir.glob('previous-*'))}"
+    target.mkdir()
+    return target

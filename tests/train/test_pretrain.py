@@ -107,7 +107,7 @@ def test_run_directory(base: tuple[Path, list[str]]) -> None:
     manifest = json.loads((run_dir / "checkpoints/step-20/manifest.json").read_text())
     consumed = {"": [20 * 8 * 129]}  # rows of 128 tokens take one token more from the stream
     assert manifest["progress"] == {
-        "step": 20, "tokens": 20480, "optimizer_steps": 20, "consumed": consumed,
+        "step": 20, "tokens": 20480, "optimizer_steps": 20, "consumed": consumed, "rewinds": [],
     }  # fmt: skip
     assert manifest["config"]["model"]["num_layers"] == 4 and len(manifest["git_commit"]) == 40
     assert {path.name for path in run_dir.iterdir()} == {
