@@ -19,8 +19,9 @@ demo: .venv/runtime corpus/python.json
 	  batch.micro_rows=$(if $(filter 8,$(PROCESSES)),2,4) && \
 	.venv/bin/python scripts/report.py $$run
 
+# Two files of tests at a time: many start processes of their own.
 test: .venv/test corpus/python.json
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 # Real processes that are killed, stopped and starved, one test after the other.
 test-faults: export OMP_NUM_THREADS := 1

@@ -1,7 +1,6 @@
 """What all tests share: threads, and a corpus that is the same on every machine."""
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +45,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The random layouts' counts, where they ran."""
-    module = sys.modules.get("tests.parallel.test_layout_fuzz")
-    lines = getattr(module, "SUMMARY", [])
+    reports = [report for some in terminalreporter.stats.values() for report in some]
+    calls = [report for report in reports if getattr(report, "when", None) == "call"]
+    lines = [text for report in calls for key, text in report.user_properties if key == "layouts"]
     if lines:
         terminalreporter.section("layout fuzz")
         terminalreporter.write("\n".join([*lines, ""]))

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -48,8 +48,6 @@ LEAST = {
     "three axes": 0.5,
 }
 """Below these shares a sample proves too little."""
-SUMMARY: list[str] = []
-"""What tests/conftest.py prints at the end."""
 REDRAWN: dict[str, Counter[int]] = {"near ties": Counter(), "unstable": Counter()}
 """Cases drawn again by reason and world size."""
 RAN: Counter[int] = Counter()
@@ -231,17 +229,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("world", sorted(present))
 
 
-def test_layout_fuzz_sample(pytestconfig: pytest.Config) -> None:
+def test_layout_fuzz_sample(
+    pytestconfig: pytest.Config, record_property: Callable[[str, object], None]
+) -> None:
     """Every axis, schedule and ZeRO stage has its share of the cases."""
     chosen = chosen_layouts(pytestconfig)
     counts = Counter(feature for case in chosen.values() for feature in features(case))
-    SUMMARY.append(f"{len(chosen)} layouts: " + ", ".join(f"{name} {counts[name]}" for name in TARGETS))
+    record_property(
+        "layouts",
+        f"{len(chosen)} layouts: " + ", ".join(f"{name} {counts[name]}" for name in TARGETS),
+    )
     scarce = {name: counts[name] for name, share in LEAST.items() if counts[name] < share * len(chosen)}
     assert not scarce or len(chosen) < 50, scarce
 
 
 @pytest.mark.timeout(0)  # the harness ends cases that hang
-def test_layout_fuzz(world: int, pytestconfig: pytest.Config) -> None:
+def test_layout_fuzz(
+    world: int, pytestconfig: pytest.Config, record_property: Callable[[str, object], None]
+) -> None:
     seed = pytestconfig.getoption("layout_seed")
     mine = {n: case for n, case in chosen_layouts(pytestconfig).items() if case.world_size == world}
     drawn = {str(number): draw(seed, number, layout) for number, layout in mine.items()}
@@ -252,9 +257,10 @@ def test_layout_fuzz(world: int, pytestconfig: pytest.Config) -> None:
     RAN[world] = len(cases)
     ROUTED.update(feature for case in cases for feature in routing_features(*case))
     redrawn = ", ".join(f"{counts[world]} {reason}" for reason, counts in REDRAWN.items())
-    SUMMARY.append(
+    record_property(
+        "layouts",
         f"world {world}: {len(cases)} cases, {len(outcome.failures)} failed, redrawn: {redrawn}; "
-        f"{sum(times.values()):.0f} s, slowest {times[slowest]:.1f} s (case {slowest})"
+        f"{sum(times.values()):.0f} s, slowest {times[slowest]:.1f} s (case {slowest})",
     )
     for name in outcome.failures:
         case = drawn[name][0]
@@ -263,9 +269,11 @@ def test_layout_fuzz(world: int, pytestconfig: pytest.Config) -> None:
     assert not outcome.failures, "\n" + explain_failures(outcome)
 
 
-def test_layout_fuzz_redraws() -> None:
+def test_layout_fuzz_redraws(record_property: Callable[[str, object], None]) -> None:
     """Few cases are drawn again: a sample that leaves out what is hard would prove nothing."""
-    SUMMARY.append("routing: " + ", ".join(f"{name} {count}" for name, count in sorted(ROUTED.items())))
+    record_property(
+        "layouts", "routing: " + ", ".join(f"{name} {count}" for name, count in sorted(ROUTED.items()))
+    )
     scarce = {
         name: ROUTED[name] for name, share in LEAST_ROUTED.items() if ROUTED[name] < share * RAN.total()
     }
