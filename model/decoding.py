@@ -171,8 +171,13 @@ class Decoder:
 
     def state_bytes(self) -> int:
         """Memory of the lightning states, whatever the length of the rows."""
-        states = [core.state for core in self.model.modules() if isinstance(core, RecurrentCore)]
-        return sum(state.numel() * state.element_size() for state in states if state is not None)
+        cores = [core for core in self.model.modules() if isinstance(core, RecurrentCore)]
+        return sum(core.state.nbytes for core in cores if core.state is not None)
+
+    def cache_bytes(self) -> int:
+        """Memory of all keys and values, for rows as long as the capacity."""
+        cores = [core for core in self.model.modules() if isinstance(core, CachedCore)]
+        return sum(x.nbytes for core in cores for x in (core.keys, core.values) if x is not None)
 
 
 @contextmanager

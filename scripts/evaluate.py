@@ -189,7 +189,7 @@ def perplexity(
     """Of whole texts of each length, and of their last tokens: those behind the length before."""
     texts = read_texts(checkpoint, args.data, lengths[-1] + 1, args.documents)
     device = next(model.parameters()).device
-    sums = np.zeros(lengths[-1])
+    sums, memory = np.zeros(lengths[-1]), {}
     for some in torch.from_numpy(texts).split(args.rows):
         none = torch.zeros(len(some), args.chunk, dtype=torch.bool)
         with decoding(model, rows=len(some), capacity=lengths[-1]) as decoder:
@@ -198,6 +198,7 @@ def perplexity(
                 hidden = decoder.read(some[:, first:last].to(device), none[:, : last - first])
                 losses = decoder.losses(hidden, some[:, first + 1 : last + 1].to(device))
                 sums[first:last] += losses.double().sum(0).cpu().numpy()
+            memory = {"state_bytes": decoder.state_bytes(), "cache_bytes": decoder.cache_bytes()}
     mean = sums / len(texts)
     whole = [math.exp(mean[:length].mean()) for length in lengths]
     newest = [math.exp(mean[a:b].mean()) for a, b in zip([0, *lengths], lengths, strict=False)]
@@ -210,7 +211,10 @@ def perplexity(
         Series("whole text", x, np.array(whole), x),
         Series("its last tokens", x, np.array(newest), x, "points"),
     ]
-    results = {"documents": len(texts), "perplexity": whole, "newest": newest}
+    results = {"documents": len(texts), "perplexity": whole, "newest": newest, **memory}
+    print(
+        f"lightning states {memory['state_bytes']:,} bytes, keys and values {memory['cache_bytes']:,} bytes"
+    )
     return line_chart(title, curves, x_title="tokens; line: whole text, dots: its last tokens"), {
         **facts(checkpoint, lengths),
         **results,
