@@ -9,7 +9,7 @@ PIP := .venv/bin/pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-faults test-all lint format clean
+.PHONY: demo test test-faults test-slurm test-all lint format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/runtime corpus/python.json
@@ -27,6 +27,16 @@ test: .venv/test corpus/python.json
 test-faults: export OMP_NUM_THREADS := 1
 test-faults: .venv/test corpus/python.json
 	.venv/bin/python -m pytest -q -m faults
+
+# A Slurm of two nodes on this machine: its own daemons and ports, from Debian's packages.
+test-slurm: .venv/test
+	@PATH=$$PATH:/usr/sbin; type munged slurmctld slurmd sbatch >/dev/null 2>&1 || { \
+	  echo "installing slurm-wlm and munge"; sudo=; [ $$(id -u) = 0 ] || sudo=sudo; \
+	  $$sudo apt-get update -qq && \
+	  $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; } || { \
+	  echo "error: no Slurm and no way to install it; on Debian or Ubuntu, as root: apt-get install slurm-wlm munge" >&2; \
+	  exit 1; }
+	.venv/bin/python -m pytest -q -m slurm tests/slurm
 
 test-all: .venv/test corpus/python.json
 	.venv/bin/python -m pytest -q -m "not slurm"
