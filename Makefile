@@ -33,7 +33,7 @@ test-slurm: .venv/test
 	@PATH=$$PATH:/usr/sbin; type munged slurmctld slurmd sbatch >/dev/null 2>&1 || { \
 	  echo "installing slurm-wlm and munge"; sudo=; [ $$(id -u) = 0 ] || sudo=sudo; \
 	  $$sudo apt-get update -qq && \
-	  $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; } || { \
+	  $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null; } || { \
 	  echo "error: no Slurm and no way to install it; on Debian or Ubuntu, as root: apt-get install slurm-wlm munge" >&2; \
 	  exit 1; }
 	.venv/bin/python -m pytest -q -m slurm tests/slurm

@@ -87,7 +87,8 @@ def section(title: str, config: type, prefix: str) -> Iterator[str]:
     for key in keys(config, prefix):
         yield "| `{}` | {} | {} | {} |".format(*(cell.replace("|", "\\|") for cell in key))
     for name, hint in get_type_hints(config).items():
-        if get_origin(hint) is list and is_dataclass(item := get_args(hint)[0]):
+        item = get_args(hint)[0] if get_origin(hint) is list else None
+        if isinstance(item, type) and is_dataclass(item):
             yield from section(f"Each of `{prefix}{name}`", item, "")
 
 
