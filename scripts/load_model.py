@@ -54,11 +54,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(folder, manifest)
 
 
-def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """The whole model in evaluation mode, its weights read part by part; router gates stay fp32.
+def model_config(checkpoint: Checkpoint) -> ModelConfig:
+    """What the manifest says the model is.
 
     Raises:
-        CheckpointError: the manifest's model cannot be built, or a tensor is missing.
+        CheckpointError: nothing that this version can build.
     """
     values = dict(checkpoint.config["model"])
     try:
@@ -66,11 +66,25 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
             values["layer_types"] = [LayerType(kind) for kind in values["layer_types"]]
         if "slope_rule" in values:
             values["slope_rule"] = SlopeRule(values["slope_rule"])
-        cfg = ModelConfig(**values)
+        return ModelConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.folder}: config.model is not of this version: {error}") from error
+
+
+def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The whole model in evaluation mode, its weights read part by part; router gates stay fp32.
+
+    Raises:
+        CheckpointError: the manifest's model cannot be built, or a tensor is missing.
+    """
+    cfg = model_config(checkpoint)
+    try:
         balancing = checkpoint.config.get("router", {}).get("balancing", Balancing.aux_loss)
         router = RouterConfig(balancing=Balancing(balancing))
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.folder}: config.model is not of this version: {error}") from error
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.router is not of this version: {error}"
+        ) from error
     with torch.device("meta"):
         model = Transformer(cfg, router=router)
     for path, module in model.named_modules():

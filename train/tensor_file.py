@@ -48,13 +48,14 @@ def by_alignment(forms: Mapping[str, Form]) -> list[str]:
     return sorted(forms, key=lambda name: -forms[name].dtype.itemsize)
 
 
-def header_bytes(forms: Mapping[str, Form]) -> bytes:
+def header_bytes(forms: Mapping[str, Form], metadata: Mapping[str, str] | None = None) -> bytes:
     """All that stands before the first tensor; its length is a multiple of 8.
 
     Raises:
         ValueError: a dtype that is not written.
     """
-    header, end = {}, 0
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
     for name in by_alignment(forms):
         form = forms[name]
         if form.dtype not in CODES:
@@ -73,8 +74,10 @@ class TensorFileWriter:
     Leaving the `with` block without an error makes the file durable. Errors of the disk name the file.
     """
 
-    def __init__(self, path: Path, forms: Mapping[str, Form]) -> None:
-        header = header_bytes(forms)
+    def __init__(
+        self, path: Path, forms: Mapping[str, Form], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        header = header_bytes(forms, metadata)
         self.path, self._hash = path, hashlib.sha256()
         self.size = len(header) + sum(form.size for form in forms.values())
         """Bytes of the whole file."""

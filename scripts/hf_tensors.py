@@ -1,0 +1,122 @@
+"""Tensors of a Hugging Face folder, read a few megabytes at a time, whatever their size."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from scripts.hf_config import ConversionError
+from train.tensor_file import CODES
+
+CHUNK = 2**24
+"""Bytes held at once."""
+DTYPES = {code: dtype for dtype, code in CODES.items()}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where the bytes of a tensor are."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """First byte in the file."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def chunks(self) -> Iterator[bytes]:
+        """All bytes, in order.
+
+        Raises:
+            ConversionError: the file ends before.
+        """
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            for first in range(0, self.size, CHUNK):
+                wanted = min(CHUNK, self.size - first)
+                data = file.read(wanted)
+                if len(data) < wanted:
+                    raise ConversionError(f"{self.path}: ends too early; copy the file again")
+                yield data
+
+
+def find_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a Hugging Face folder by name; only headers are read.
+
+    Raises:
+        ConversionError: no index, a file that is missing or no safetensors, a tensor that is not where the
+            index says.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        if (folder / SINGLE).is_file():
+            return read_header(folder / SINGLE)
+        raise ConversionError(
+            f"{index}: not found, and no {SINGLE}; only safetensors are read: convert other files to it first"
+        )
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ConversionError(f"{index}: has no weight_map; take the index from where the model came from")
+    files: dict[str, dict[str, Stored]] = {}
+    for name in sorted({str(file) for file in places.values()}):
+        if Path(name).name != name:
+            raise ConversionError(f"{index}: names {name!r}, which is not a file beside it")
+        files[name] = read_header(folder / name)
+    found = {}
+    for tensor, name in places.items():
+        if tensor not in files[name]:
+            raise ConversionError(f"{folder / name}: has no tensor {tensor}, which {INDEX} says is there")
+        found[tensor] = files[name][tensor]
+    return found
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Every tensor of a file.
+
+    Raises:
+        ConversionError: it is missing, no safetensors file, or holds integers.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # it checks that the header is sound and agrees with the file's size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (OSError, SafetensorError) as error:
+        raise ConversionError(f"{path}: not readable: {error}; copy the file again") from error
+    header.pop("__metadata__", None)
+    unknown = {name: facts["dtype"] for name, facts in header.items() if facts["dtype"] not in DTYPES}
+    if unknown:
+        name, dtype = next(iter(unknown.items()))
+        raise ConversionError(f"{path}: {name} is {dtype}; only {', '.join(DTYPES)} are read")
+    return {
+        name: Stored(
+            path, DTYPES[facts["dtype"]], tuple(facts["shape"]), 8 + length + facts["data_offsets"][0]
+        )
+        for name, facts in header.items()
+    }
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object.
+
+    Raises:
+        ConversionError: there is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path}: not readable: {error}") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path}: holds no JSON object")
+    return content

@@ -1,0 +1,269 @@
+"""Hugging Face folders in and out: every byte, transformers' own logits, memory, and what is refused."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data.tokenizer import train_tokenizer
+from model.config import LayerType, ModelConfig, SlopeRule
+from scripts.convert_hf import main
+from scripts.hf_config import Layout, write_config
+from scripts.hf_names import BUFFERS, pieces
+from scripts.load_model import load_model, open_checkpoint
+from tests.conftest import ROOT
+from tests.model.test_transformers_parity import make_config, make_pair, one_document
+from tests.train.test_pretrain import pretrain
+from train.restore import verify
+
+L, S = LayerType.lightning, LayerType.softmax
+PATTERNS = [[L, L, L, S], [S, L], [L, L], [S], [L, S, L]]
+
+
+def random_config(number: int, **changes: Any) -> ModelConfig:
+    """Odd shapes, layer patterns and vocabularies; rotary_dim is what transformers can do, all of a head."""
+    rng = random.Random(number)
+    layers = PATTERNS[number % len(PATTERNS)]
+    heads = rng.choice([2, 3, 4, 6])
+    head_dim = rng.choice([4, 6, 10, 16])
+    experts = rng.randint(2, 5)
+    sizes = {
+        "num_layers": len(layers), "layer_types": layers, "num_heads": heads, "head_dim": head_dim,
+        "num_kv_heads": rng.choice([n for n in range(1, heads + 1) if heads % n == 0]),
+        "hidden_size": rng.choice([18, 30, 44, 52]), "vocab_size": rng.randint(20, 150),
+        "num_experts": experts, "experts_per_token": rng.randint(1, min(3, experts)),
+        "expert_ffn_size": rng.choice([9, 14, 20]), "rotary_dim": head_dim,
+        "norm_eps": rng.choice([1e-5, 1e-6]), "residual_alpha": rng.choice([None, 1.25]),
+        "rope_theta": rng.choice([1e4, 777.0]),
+    }  # fmt: skip
+    return make_config(**{**sizes, **changes})
+
+
+def write_folder(
+    folder: Path, cfg: ModelConfig, layout: Layout, dtype: torch.dtype, files: int = 1
+) -> dict[str, Tensor]:
+    """A Hugging Face folder with random weights, gates in fp32 in text01; the tensors."""
+    draw = torch.Generator().manual_seed(len(folder.name))
+    tensors = {}
+    for piece in pieces(cfg):
+        kept = torch.float32 if piece.is_gate and layout is Layout.text01 else dtype
+        tensors[piece.name] = torch.randn(piece.shape, generator=draw).to(kept)
+    folder.mkdir(parents=True)
+    config, _ = write_config(
+        cfg, layout, dtype=str(dtype).removeprefix("torch."), carried={"eos_token_id": 3}
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    names = list(tensors)
+    if files == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return tensors
+    places = {name: f"model-{n * files // len(names)}.safetensors" for n, name in enumerate(names)}
+    for file in set(places.values()):
+        some = {name: tensor for name, tensor in tensors.items() if places[name] == file}
+        save_file(some, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return tensors
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    found = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    assert set(index["weight_map"]) == set(found)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.values())
+    for name, file in index["weight_map"].items():
+        with safe_open(folder / file, framework="pt") as opened:
+            assert name in opened.keys()  # noqa: SIM118
+    return found
+
+
+def same_bytes(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return mine.keys() == theirs.keys() and all(
+        mine[name].dtype == tensor.dtype and torch.equal(mine[name], tensor)
+        for name, tensor in theirs.items()
+    )
+
+
+def convert(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("number", [0, 1, 4])
+def test_import_and_export_give_back_every_byte(
+    number: int, dtype: torch.dtype, layout: Layout, tmp_path: Path
+) -> None:
+    cfg = random_config(number, slope_rule=SlopeRule(layout))
+    tensors = write_folder(tmp_path / "hf", cfg, layout, dtype, files=1 + number)
+    assert convert("import", "--hf", tmp_path / "hf", "--output", tmp_path / "c", "--shard-bytes", 9000) == 0
+    assert verify(tmp_path / "c") == [] and len(list((tmp_path / "c").glob("*.safetensors"))) > 1
+    where = ["--checkpoint", tmp_path / "c", "--output", tmp_path / "back", "--layout", layout]
+    assert convert("export", *where, "--shard-bytes", 7000) == 0
+    assert same_bytes(read_folder(tmp_path / "back"), tensors)
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "back"))
+    assert before == after
+    assert convert("export", *where[:3], tmp_path / "fp32", *where[4:], "--dtype", "fp32") == 0
+    assert {tensor.dtype for tensor in read_folder(tmp_path / "fp32").values()} == {torch.float32}
+    assert convert("export", *where[:3], tmp_path / "bf16", *where[4:], "--dtype", "bf16") == 0
+    wide = {n for n, t in read_folder(tmp_path / "bf16").items() if t.dtype == torch.float32}
+    gates = {piece.name for piece in pieces(cfg) if piece.is_gate}
+    assert wide == (gates if layout is Layout.text01 else set())
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_transformers_models_come_and_go(
+    number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What transformers saves is read, and what is written it loads: the same logits in all three."""
+    cfg = random_config(number, hidden_size=44, expert_ffn_size=20)  # 16 bytes, as torch's grouped_mm asks
+    _, theirs = make_pair(cfg, seed=number)
+    theirs.save_pretrained(tmp_path / "hf")
+    with safe_open(tmp_path / "hf/model.safetensors", framework="pt") as file:
+        extra = set(file.keys()) - {piece.name for piece in pieces(cfg)}
+    assert all(BUFFERS.fullmatch(name) for name in extra)
+    assert convert("import", "--hf", tmp_path / "hf", "--output", tmp_path / "c") == 0
+    assert convert("export", "--checkpoint", tmp_path / "c", "--output", tmp_path / "back") == 0
+    assert "WARNING" not in capsys.readouterr().err
+    ids = torch.randint(cfg.vocab_size, (2, 37), generator=torch.Generator().manual_seed(number))
+    wanted = theirs(input_ids=ids, use_cache=False).logits
+    ours = load_model(open_checkpoint(tmp_path / "c"), device=torch.device("cpu"), dtype=torch.float32)
+    torch.testing.assert_close(ours(ids, one_document(2, 37)), wanted, rtol=1e-5, atol=1e-5)
+    again, facts = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not facts["unexpected_keys"] and not facts["mismatched_keys"]
+    assert all(BUFFERS.fullmatch(name) for name in facts["missing_keys"])
+    torch.testing.assert_close(again(input_ids=ids, use_cache=False).logits, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_export_of_a_run_on_another_layout(tmp_path: Path) -> None:
+    """Trained on eight processes, pp2 tp2 ep2: transformers computes what our own model does."""
+    pretrain(
+        "conf=debug", f"run_dir={tmp_path}/run", "train.steps=2",
+        "parallel.pp=2", "parallel.tp=2", "parallel.ep=2", "batch.micro_rows=2", "model.rotary_dim=16",
+        "model.slope_rule=transformers", "batch.global_tokens=1024", "batch.row_tokens=64", processes=8,
+    )  # fmt: skip
+    assert convert("export", "--checkpoint", tmp_path / "run", "--output", tmp_path / "hf") == 0
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ours = load_model(open_checkpoint(tmp_path / "run"), device=torch.device("cpu"), dtype=torch.float32)
+    ids = torch.randint(4096, (3, 50))
+    reference = theirs(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(ours(ids, one_document(3, 50)), reference, rtol=1e-5, atol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.decode(tokenizer("Apache License")["input_ids"]) == "Apache License"
+
+
+def test_tokenizer_files_travel(tmp_path: Path) -> None:
+    cfg = random_config(1)
+    write_folder(tmp_path / "hf", cfg, Layout.transformers, torch.float32)
+    train_tokenizer(["some words and others"], size=270).save(str(tmp_path / "hf/tokenizer.json"))
+    (tmp_path / "hf/tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    assert convert("import", "--hf", tmp_path / "hf", "--output", tmp_path / "c") == 0
+    assert verify(tmp_path / "c") == []
+    assert convert("export", "--checkpoint", tmp_path / "c", "--output", tmp_path / "back") == 0
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+    (tmp_path / "c/tokenizer/tokenizer.json").write_text("{}")
+    assert "sha256" in verify(tmp_path / "c")[0] or "bytes, expected" in verify(tmp_path / "c")[0]
+    assert convert("export", "--checkpoint", tmp_path / "c", "--output", tmp_path / "no") == 2
+    assert not (tmp_path / "no").exists()
+
+
+def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
+    """160 MB in either direction, the largest tensor 13 MB: the peak grows by less than three of them."""
+    cfg = make_config(
+        layer_types=[L, L, L, S], num_heads=4, num_kv_heads=2, hidden_size=512, head_dim=128, rotary_dim=128,
+        vocab_size=6500, num_experts=4, expert_ffn_size=1024,
+    )  # fmt: skip
+    tensors = write_folder(tmp_path / "hf", cfg, Layout.transformers, torch.float32)
+    largest, total = max(t.nbytes for t in tensors.values()), sum(t.nbytes for t in tensors.values())
+    assert total > 9 * largest
+    del tensors
+    code = (
+        "import resource, sys\nfrom scripts.convert_hf import main\n"
+        "def peak(): return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\nassert main(sys.argv[1:]) == 0\nprint(peak() - before)"
+    )
+    for arguments in (
+        ["import", "--hf", "hf", "--output", "c"],
+        ["export", "--checkpoint", "c", "--output", "back"],
+    ):
+        result = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True,
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}, timeout=120,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert int(result.stdout) < 3 * largest, f"{arguments[0]}: {result.stdout} of {largest}"
+
+
+def drop_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def reshape_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": torch.zeros(3)}, folder / "model.safetensors")
+
+
+def add_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.extra.weight": torch.zeros(3)}, folder / "model.safetensors")
+
+
+def edit_config(key: str, value: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, key: value}))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "texts"),
+    [
+        (drop_tensor, ["has no tensor lm_head.weight"]),
+        (reshape_tensor, ["model.norm.weight has shape [3]"]),
+        (add_tensor, ["model.extra.weight", "no tensor of the model"]),
+        (edit_config("model_type", "llama"), ["config.json: model_type=llama"]),
+        (lambda folder: (folder / "config.json").unlink(), ["config.json: not readable"]),
+        (lambda folder: (folder / "model.safetensors").unlink(), ["index.json: not found"]),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 50), ["not readable", "copy"]),
+    ],
+)
+def test_bad_folders_are_named(
+    damage: Callable[[Path], None], texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folder(tmp_path / "hf", random_config(1), Layout.transformers, torch.float32)
+    damage(tmp_path / "hf")
+    assert convert("import", "--hf", tmp_path / "hf", "--output", tmp_path / "c") == 2
+    said = capsys.readouterr().err
+    assert all(text in said for text in texts), said
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_output_that_exists_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folder(tmp_path / "hf", random_config(1), Layout.transformers, torch.float32)
+    shutil.copytree(tmp_path / "hf", tmp_path / "c")
+    assert convert("import", "--hf", tmp_path / "hf", "--output", tmp_path / "c") == 2
+    assert "exists; give another folder" in capsys.readouterr().err
+    assert not (tmp_path / "c/manifest.json").exists()
+
+
+def test_another_slope_rule_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = random_config(4, num_heads=6, num_kv_heads=3, slope_rule=SlopeRule.text01)
+    write_folder(tmp_path / "hf", cfg, Layout.text01, torch.float32)
+    assert convert("import", "--hf", tmp_path / "hf", "--output", tmp_path / "c") == 0
+    assert convert("export", "--checkpoint", tmp_path / "c", "--output", tmp_path / "back") == 2
+    assert "use --layout text01" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
