@@ -38,7 +38,7 @@ test-slurm: .venv/test
 	  exit 1; }
 	.venv/bin/python -m pytest -q -m slurm tests/slurm
 
-test-all: .venv/test corpus/python.json
+test-all: .venv/lm-eval corpus/python.json
 	.venv/bin/python -m pytest -q -m "not slurm"
 
 lint: .venv/test
@@ -66,6 +66,11 @@ corpus/python.json: | .venv/runtime
 .venv/test: .venv/runtime requirements/test.lock
 	@echo "installing requirements/test.lock"
 	@$(PIP) -r requirements/test.lock
+	@touch $@
+
+.venv/lm-eval: .venv/test requirements/lm-eval.lock
+	@echo "installing requirements/lm-eval.lock"
+	@$(PIP) -r requirements/lm-eval.lock
 	@touch $@
 
 clean:
