@@ -183,6 +183,8 @@ def test_three_requeues_in_a_row_without_a_checkpoint(
 ) -> None:
     """Rank 0 is killed at every start: at the second after a checkpoint, which begins the count again."""
     settings = [*overrides, "train.steps=100000", "checkpoint.every=3", "checkpoint.keep=1"]
+    (clone / "runs/killed").mkdir(parents=True)
+    (clone / "runs/killed/DONE").write_text("{}")  # an earlier, shorter run's
     job = Job(cluster, clone, "killed", "--nodes=1", overrides=settings)
     killed: list[int] = []
     for start in range(1, 6):
