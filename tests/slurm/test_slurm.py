@@ -144,7 +144,12 @@ def test_preempted_job_goes_on_bitwise(
 
 def test_warning_before_the_time_limit(cluster: Cluster, clone: Path, overrides: list[str]) -> None:
     """Slurm sends --signal's USR1 by itself; the run saves and is requeued. Cancelled, it stays away."""
-    job = Job(cluster, clone, "warned", "--nodes=2", overrides=[*overrides, "train.steps=100000"])
+    settings = [
+        *overrides,
+        "train.steps=100000",
+        "batch.global_tokens=16384",
+    ]  # steps of seconds, to wait for
+    job = Job(cluster, clone, "warned", "--nodes=2", overrides=settings)
     job.wait_for_step(1)
     hours, minutes, _ = map(int, job.facts()["RunTime"].split(":"))
     cluster.ask("scontrol", "update", f"JobId={job.number}", f"TimeLimit={60 * hours + minutes + 5}")
