@@ -103,7 +103,13 @@ def join_job(device_type: str, *, timeout_minutes: float = 10) -> Axis:
     world_size = launched_world_size()
     if world_size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        timeout = timedelta(minutes=timeout_minutes)
+        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # One launcher hands the ranks that it starts again the store in which the dead ones are listed;
+            # launchers on several machines may count starts differently.
+            store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     group = dist.group.WORLD if world_size > 1 else None
     return Axis("world", launched_rank(), tuple(range(world_size)), group)
 

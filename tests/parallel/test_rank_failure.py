@@ -15,7 +15,10 @@ def workers(launcher: int) -> dict[int, int]:
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     found = {}
     for child in children:
-        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        try:
+            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            continue
         ranks = [int(entry[5:]) for entry in variables if entry.startswith(b"RANK=")]
         found |= {rank: int(child) for rank in ranks}
     return found
