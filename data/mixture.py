@@ -16,6 +16,10 @@ from data.stream import DocumentOrder
 FINEST = 2**48  # integer shares add up to at most about this; weights finer than that are rounded
 
 
+class ExhaustedError(ValueError):
+    """All sources have given what they may."""
+
+
 @dataclass(frozen=True)
 class Mixture:
     """Shares of the tokens of a step."""
@@ -95,7 +99,7 @@ class Deficits:
     def pick(self, size: int) -> int:
         """Return the unit that will lack most after `size` more tokens; the first of equals."""
         if not self._active:
-            raise ValueError(
+            raise ExhaustedError(
                 "every source of the mixture has given all of its max_epochs; "
                 "raise data.sources[*].max_epochs, add data or train fewer tokens"
             )

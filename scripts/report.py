@@ -128,7 +128,8 @@ def metric_charts(rows: list[dict[str, float | None]]) -> str:
     add("router_entropy", "Router entropy (nats)", zero=False)
     add("max_violation", "Max violation (worst layer: max / mean - 1)")
     add("drop_rate", "Dropped choices (%)", 100)
-    add("moved_rate", "Moved choices (%)", 100)
+    if column(rows, "moved_rate").y.any():  # without ep nothing can move
+        add("moved_rate", "Moved choices (%)", 100)
     return "".join(charts)
 
 

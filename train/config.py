@@ -29,6 +29,7 @@ from train.metrics import LogConfig
 from train.optimizer import OptimizerConfig
 from train.rewind import RewindConfig
 from train.schedule import ScheduleConfig
+from train.tracing import ProfileConfig
 
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 
@@ -128,6 +129,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def num_micro_batches(self, dp: int) -> int:
         """Micro-batches of a step on each of dp data-parallel ranks."""

@@ -7,17 +7,19 @@ from dataclasses import asdict
 
 import torch
 
+from data.mixture import ExhaustedError
 from data.packing import Batch
 from model.flops import training_flops_per_token
 from train.build import Run, count_data, enter_stage
 from train.checkpoint import save_checkpoint
-from train.config import user_errors
+from train.config import ConfigError, user_errors
 from train.expert_counts import read_counts
 from train.integrity import DamagedStateError
 from train.metrics import Throughput, peak_flops
 from train.signals import Ending
 from train.stages import stage_of, total_steps
 from train.step import StepResult, evaluate, train_step
+from train.tracing import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +46,12 @@ def _to_the_end(run: Run) -> tuple[Ending, str]:
         log.info("finished: %s is at step %d of %d", run.run_dir, progress.step, end)
         return Ending.DONE, "the last step was reached before"
     recorder = Recorder(run)
+    tracer = Tracer(run.cfg.profile, run.run_dir, rank=run.mesh.rank, total_steps=end)
     while True:
         limits = run.cfg.health
-        with run.watchdog.section(f"step {progress.step + 1}", limits.step_timeout_s):
-            with user_errors():
-                batches = run.loader.next_step()
+        number = progress.step + 1
+        with run.watchdog.section(f"step {number}", limits.step_timeout_s), tracer.step(number):
+            batches = next_batches(run)
             result = train_step(run, batches)
         recorder.observe(batches, result)
         cfg, step, last = run.cfg, progress.step, progress.step >= end
@@ -82,6 +85,22 @@ def _to_the_end(run: Run) -> tuple[Ending, str]:
             return Ending.REQUEUE, f"curriculum stage {following.name} runs on another layout"
         if following is not run.stage:
             enter_stage(run, following)
+
+
+def next_batches(run: Run) -> list[Batch]:
+    """This rank's micro-batches of the next step.
+
+    Raises:
+        ConfigError: data that cannot be used, or their end: then the last step is saved first.
+    """
+    try:
+        with user_errors():
+            return run.loader.next_step()
+    except ConfigError as error:
+        if not isinstance(error.__cause__, ExhaustedError) or not run.progress.step:
+            raise
+        save(run)
+        raise ConfigError(f"{error}; step {run.progress.step} is saved") from error
 
 
 def save(run: Run) -> None:

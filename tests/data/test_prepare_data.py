@@ -226,6 +226,18 @@ def test_refused_input_is_quarantined_with_its_place_and_strict_ends_there(
     assert list((tmp_path / "strict").iterdir()) == []
 
 
+def test_a_document_of_ten_megabytes_is_one_document(tmp_path: Path, tokenizer: Path) -> None:
+    long = "y" * 10_000_000
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in ("x", long, "z")))
+    assert run(tmp_path / "a.jsonl", tmp_path / "d", tokenizer) == 0
+    assert decoded(tmp_path / "d") == ["x", long, "z"] and quarantined_count(tmp_path / "d") == 0
+
+
+def quarantined_count(prefix: Path) -> int:
+    file = prefix.with_suffix(".quarantine.jsonl")
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
 @pytest.mark.parametrize(
     ("column", "rows", "reason"),
     [

@@ -1,0 +1,107 @@
+"""The ends of a run's data, steps and dashboards: what stands in the run directory afterwards."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from tests.train.forked import run_forked
+from tests.train.test_pretrain import column, ending, lines, tensors
+from train.tracing import ProfileConfig
+
+
+def source(corpus: Path, **more: float) -> str:
+    fields = ", ".join([f"path: {corpus}", *(f"{key}: {value}" for key, value in more.items())])
+    return f"data.sources=[{{{fields}}}]"
+
+
+def steps_in(run_dir: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in run_dir.glob("checkpoints/step-*"))
+
+
+def same(first: Path, second: Path, step: int) -> bool:
+    a, b = (tensors(each / f"checkpoints/step-{step}") for each in (first, second))
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def test_exhausted_data_end_the_run_after_a_save(license_corpus: Path, tmp_path: Path) -> None:
+    """Twice at the same step with the same bits; with more epochs the same command goes on."""
+    ended = {}
+    for name in ("first", "second"):
+        result = run_forked(
+            tmp_path / name, source(license_corpus, max_epochs=1.0), "train.steps=50", processes=2
+        )
+        assert result.codes == [2, 2], result.said
+        kind, facts = ending(tmp_path / name)
+        ended[name] = step = lines(tmp_path / name)[-1]["step"]
+        assert kind == "FAILED" and facts["code"] == 2 and facts["reason"].endswith(f"step {step} is saved")
+        assert "raise data.sources[*].max_epochs" in facts["reason"] and steps_in(tmp_path / name) == [step]
+    step = ended["first"]
+    assert 1 < step < 48 and ended["second"] == step and same(tmp_path / "first", tmp_path / "second", step)
+    result = run_forked(tmp_path / "first", source(license_corpus), f"train.steps={step + 2}", processes=2)
+    assert result.codes == [0, 0], result.said
+    assert [record["step"] for record in lines(tmp_path / "first")] == list(range(1, step + 3))
+
+
+@pytest.mark.parametrize(("steps", "saved"), [(5, [2, 4, 5]), (4, [2, 4])], ids=["no multiple", "both due"])
+def test_the_last_step_is_saved_once_and_again_changes_nothing(
+    steps: int, saved: list[int], license_corpus: Path, tmp_path: Path
+) -> None:
+    overrides = [source(license_corpus), f"train.steps={steps}", "checkpoint.every=2", "checkpoint.keep=null"]
+    seen = []
+    for _ in range(2):
+        result = run_forked(tmp_path, *overrides, processes=1)
+        assert result.codes == [0] and steps_in(tmp_path) == saved, result.said
+        saves = {path: path.stat().st_mtime_ns for path in tmp_path.glob("checkpoints/*/*.safetensors")}
+        seen.append((saves, [(tmp_path / name).read_bytes() for name in ("metrics.jsonl", "experts.jsonl")]))
+        assert result.said[0].count(f"saved {tmp_path}/checkpoints/step-{steps}") == 2 - len(seen)
+    assert seen[0] == seen[1] and ending(tmp_path)[0] == "DONE"
+
+
+def wandb_is_missing(rank: int) -> None:
+    sys.modules["wandb"] = None  # type: ignore[assignment]
+
+
+def wandb_is_down(rank: int) -> None:
+    mock.patch("wandb.init", side_effect=ConnectionError("no route to host")).start()
+
+
+def wandb_has_no_room(rank: int) -> None:
+    mock.patch("wandb.sdk.wandb_run.Run.log", side_effect=OSError(28, "No space left on device")).start()
+
+
+@pytest.mark.parametrize("fault", [wandb_is_missing, wandb_is_down, wandb_has_no_room])
+def test_wandb_cannot_harm_a_run(fault: Callable[[int], None], license_corpus: Path, tmp_path: Path) -> None:
+    overrides = [source(license_corpus), "train.steps=3", "log.every=1"]
+    assert run_forked(tmp_path / "plain", *overrides, processes=1).codes == [0]
+    mode = "offline" if fault is wandb_has_no_room else "online"
+    result = run_forked(tmp_path / "run", *overrides, f"wandb.mode={mode}", processes=1, fault=fault)
+    assert result.codes == [0], result.said
+    assert result.said[0].count("wandb is off") == 1
+    for name in ("metrics", "experts"):
+        assert [line["step"] for line in lines(tmp_path / "run", name)] == [1, 2, 3]
+    assert column(tmp_path / "run", "loss").tolist() == column(tmp_path / "plain", "loss").tolist()
+    assert same(tmp_path / "run", tmp_path / "plain", 3) and ending(tmp_path / "run")[0] == "DONE"
+
+
+def test_a_trace_has_the_steps_that_were_asked_for(license_corpus: Path, tmp_path: Path) -> None:
+    result = run_forked(
+        tmp_path,
+        source(license_corpus),
+        "train.steps=4",
+        "profile.steps=[2,9]",
+        "model.num_layers=2",
+        processes=2,
+    )
+    assert result.codes == [0, 0], result.said
+    for rank in range(2):
+        trace = json.loads((tmp_path / f"profile/rank-0000{rank}-steps-2-4.json").read_text())
+        names = [event.get("name") for event in trace["traceEvents"]]
+        assert {name for name in names if str(name).startswith("step ")} == {"step 2", "step 3", "step 4"}
+        assert "aten::mm" in names
+    with pytest.raises(ValueError, match=r"profile.steps=\[3, 3\] must be \[a, b\] with 1 <= a < b"):
+        ProfileConfig(steps=[3, 3])
