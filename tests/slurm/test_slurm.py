@@ -144,7 +144,12 @@ def test_preempted_job_goes_on_bitwise(
 
 def test_warning_before_the_time_limit(cluster: Cluster, clone: Path, overrides: list[str]) -> None:
     """Slurm sends --signal's USR1 by itself; the run saves and is requeued. Cancelled, it stays away."""
-    job = Job(cluster, clone, "warned", "--nodes=2", overrides=[*overrides, "train.steps=100000"])
+    settings = [
+        *overrides,
+        "train.steps=100000",
+        "batch.global_tokens=16384",
+    ]  # steps of seconds, to wait for
+    job = Job(cluster, clone, "warned", "--nodes=2", overrides=settings)
     job.wait_for_step(1)
     hours, minutes, _ = map(int, job.facts()["RunTime"].split(":"))
     cluster.ask("scontrol", "update", f"JobId={job.number}", f"TimeLimit={60 * hours + minutes + 5}")
@@ -183,6 +188,8 @@ def test_three_requeues_in_a_row_without_a_checkpoint(
 ) -> None:
     """Rank 0 is killed at every start: at the second after a checkpoint, which begins the count again."""
     settings = [*overrides, "train.steps=100000", "checkpoint.every=3", "checkpoint.keep=1"]
+    (clone / "runs/killed").mkdir(parents=True)
+    (clone / "runs/killed/DONE").write_text("{}")  # an earlier, shorter run's
     job = Job(cluster, clone, "killed", "--nodes=1", overrides=settings)
     killed: list[int] = []
     for start in range(1, 6):
