@@ -14,6 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from parallel.config import ParallelConfig
 
 
+class JoinError(RuntimeError):
+    """The processes of the job did not meet."""
+
+
 @dataclass(frozen=True)
 class Axis:
     """One dimension of the process grid, as seen from this rank."""
@@ -99,17 +103,28 @@ def join_job(device_type: str, *, timeout_minutes: float = 10) -> Axis:
 
     Args:
         device_type: `cpu` (gloo) or `cuda` (gloo and NCCL).
+
+    Raises:
+        JoinError: the address is in use or not reachable, or a process is missing.
     """
     world_size = launched_world_size()
     if world_size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
-        store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # One launcher hands the ranks that it starts again the store in which the dead ones are listed;
-            # launchers on several machines may count starts differently.
-            store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+        try:
+            store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                # One launcher hands ranks that it starts again the store in which the dead ones are listed;
+                # launchers on several machines may count starts differently.
+                store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise JoinError(
+                f"rank {launched_rank()} of {world_size} did not meet the others at MASTER_ADDR:MASTER_PORT="
+                f"{address}: {str(error).splitlines()[0]}; choose a free port of a host in reach of all, "
+                "and start all processes"
+            ) from error
     group = dist.group.WORLD if world_size > 1 else None
     return Axis("world", launched_rank(), tuple(range(world_size)), group)
 

@@ -36,7 +36,7 @@ from train.metrics import MetricsWriter
 from train.optimizer import build_optimizer
 from train.resume import find_checkpoint, load_checkpoint, set_results_aside
 from train.rewind import skipped_steps
-from train.signals import StopRequest
+from train.signals import StoppedEarly, StopRequest
 from train.stages import Stage, naming, stage_of, tokens_at, total_steps
 from train.watchdog import Watchdog
 
@@ -142,7 +142,7 @@ def build_run(
     cfg = stage.cfg
     run_dir = Path(cfg.run_dir)
     with user_errors():
-        loader, held_out = build_data(stages, stage, mesh)
+        loader, held_out = build_data(stages, stage, mesh, stop)
     found = find_checkpoint(run_dir, cfg.checkpoint.resume)
     if mesh.rank == 0 and cfg.checkpoint.resume is Resume.never:
         set_results_aside(run_dir)
@@ -239,11 +239,11 @@ def count_data(run: Run) -> dict[str, Any]:
 
 
 def build_data(
-    stages: list[Stage], stage: Stage, mesh: Mesh
+    stages: list[Stage], stage: Stage, mesh: Mesh, stop: StopRequest
 ) -> tuple[Prefetcher, Callable[[RunConfig], list[Batch]]]:
     """The training data of all stages, and a function that reads a stage's held-out rows."""
     cfg = stage.cfg
-    datasets = [TokenDataset(prefix) for prefix in find_tokens(cfg.data, mesh)]
+    datasets = [TokenDataset(prefix) for prefix in find_tokens(cfg.data, mesh, stop)]
     where: dict[str, Any] = {
         "rank": mesh.dp.rank,
         "size": mesh.dp.size,
@@ -274,16 +274,19 @@ def build_data(
     return Prefetcher(loader, plan, step=stage.first_step, device=mesh.device), held_out
 
 
-def find_tokens(cfg: DataConfig, mesh: Mesh) -> list[str]:
+def find_tokens(cfg: DataConfig, mesh: Mesh, stop: StopRequest) -> list[str]:
     """Prefixes of the sources' token files. Rank 0 tokenizes what is not yet, the others wait for it.
 
     Raises:
         ValueError: text or tokenizer cannot be used; the same on every rank.
+        StoppedEarly: rank 0 was asked to stop while it tokenized; raised on every rank.
     """
     beat = time.monotonic()
 
     def progress(documents: int) -> None:
         nonlocal beat
+        if stop.signal_name is not None:
+            raise StoppedEarly(stop.signal_name)
         if time.monotonic() > beat + BEAT_SECONDS:
             log.info("tokenized %d documents", documents)
             from_leader("", mesh.world)  # so that no rank takes a long wait for a dead leader
@@ -296,9 +299,13 @@ def find_tokens(cfg: DataConfig, mesh: Mesh) -> list[str]:
             said = json.dumps({"prefixes": prefixes})
         except ValueError as error:
             said = json.dumps({"error": str(error)})
+        except StoppedEarly as early:
+            said = json.dumps({"stopped": str(early)})
     while not (heard := from_leader(said, mesh.world)):
         pass
     found = json.loads(heard)
+    if "stopped" in found:
+        raise StoppedEarly(f"{found['stopped']} while text was tokenized")
     if "error" in found:
         raise ValueError(found["error"])
     return found["prefixes"]

@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from parallel.collectives import from_leader
 from parallel.mesh import (
+    JoinError,
     init_mesh,
     join_job,
     launch_name,
@@ -36,7 +37,7 @@ from train.log import set_up_logging
 from train.loop import train
 from train.resume import NoCheckpointError, saved_step
 from train.rewind import set_newer_aside
-from train.signals import EXIT_CODES, Ending, StopRequest, clear_sentinels, write_sentinel
+from train.signals import EXIT_CODES, Ending, StoppedEarly, StopRequest, clear_sentinels, write_sentinel
 from train.stages import build_stages, stage_of, validate_stages
 from train.watchdog import Watchdog
 
@@ -82,6 +83,8 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
         with watchdog.section("setup", cfg.health.setup_timeout_s):
             run = build_run(stages, stage, mesh, stop, watchdog, console)
         ending, reason = train(run)
+    except StoppedEarly as early:
+        return end_early(run_dir, str(early))
     except (ConfigError, NoCheckpointError) as error:
         fail(run_dir, str(error), 3 if isinstance(error, NoCheckpointError) else 2)
     if run.metrics is not None:
@@ -90,6 +93,14 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
         write_sentinel(run_dir, ending, code=EXIT_CODES[ending], step=run.progress.step, reason=reason)
     leave_job()
     return EXIT_CODES[ending]
+
+
+def end_early(run_dir: Path, reason: str) -> int:
+    """Say that the run wants to go on, without a step of its own; every rank comes here."""
+    if launched_rank() == 0:
+        write_sentinel(run_dir, Ending.REQUEUE, code=EXIT_CODES[Ending.REQUEUE], step=None, reason=reason)
+    leave_job()
+    return EXIT_CODES[Ending.REQUEUE]
 
 
 def fail(run_dir: Path, message: str, code: int) -> NoReturn:
@@ -116,3 +127,10 @@ if __name__ == "__main__":
         refuse(str(error), 2)
     except (HydraException, OmegaConfBaseException) as error:
         refuse(explain(error), 2)
+    except JoinError as error:
+        refuse(str(error), 1)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # the end of the interpreter with an open process group may abort, or wait for peers

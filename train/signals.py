@@ -20,6 +20,10 @@ class Ending(StrEnum):
     FAILED = "FAILED"
 
 
+class StoppedEarly(Exception):
+    """Asked to stop before the first step; the text says by what. Nothing new is to be saved."""
+
+
 EXIT_CODES = {Ending.DONE: 0, Ending.REQUEUE: 75, Ending.FAILED: 1}
 
 

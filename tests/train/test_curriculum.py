@@ -23,6 +23,7 @@ from tests.train.test_pretrain import ROOT, column, command, ending, launch, lin
 from train.build import build_data
 from train.config import ConfigError, RunConfig
 from train.curriculum import LrShape, StageConfig, StageLayout
+from train.signals import StopRequest
 from train.stages import build_stages, stage_of, tokens_at, total_steps, validate_stages
 from train.storage import checksum
 
@@ -136,7 +137,7 @@ def test_mixtures_of_all_stages_are_checked_before_the_first_step(
     cfg = two_sources(stage(**first), stage(name="late", **second, **layout))
     stages = build_stages(replace(cfg, data=replace(cfg.data, sources=sources, length_bounds=[100, 1000])))
     with pytest.raises(ValueError, match=r"curriculum stage late: data\.length_shares\[[02]\]="):
-        build_data(stages, stages[0], one_process(torch.device("cpu")))
+        build_data(stages, stages[0], one_process(torch.device("cpu")), StopRequest())
 
 
 def test_a_run_needs_an_end_and_one_kind_of_decay() -> None:

@@ -20,6 +20,7 @@ from scripts.prepare_data import main
 from tests.dist import run_distributed
 from tests.train.test_pretrain import ROOT, column, command, ending, launch, pretrain
 from train.build import find_tokens
+from train.signals import StopRequest
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ def wait_for_the_leader(rank: int, folder: str, cache: str) -> None:
     mesh = init_mesh(ParallelConfig(), "cpu")
     source = SourceConfig(dataset=f"{folder}/text.jsonl", text_key="body")
     cfg = DataConfig(sources=[source, source], tokenizer=folder, cache_dir=cache)
-    prefixes = find_tokens(cfg, mesh)
+    prefixes = find_tokens(cfg, mesh, StopRequest())
     assert len(prefixes) == 2 and len(set(prefixes)) == 1 and Path(f"{prefixes[0]}.bin").exists()
     assert len(beats) == 5
     heard: list[list[str]] = [[], []]
