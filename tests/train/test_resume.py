@@ -4,13 +4,13 @@ import json
 import os
 import signal
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-import train.loop
 from data.packing import Batch
 from tests.train.forked import run_forked
 from tests.train.test_pretrain import lines, tensors
@@ -56,14 +56,15 @@ def stop_at(last: int, signalled: int) -> Callable[[int], None]:
     """One rank gets SIGTERM during a step, which nobody notices if it is the run's last."""
 
     def fault(rank: int) -> None:
-        real = train.loop.train_step
+        loop = import_module("train.loop")
+        real = loop.train_step
 
         def step(run: Run, batches: Sequence[Batch]) -> StepResult:
             if run.progress.step + 1 == last and rank == signalled:
                 os.kill(os.getpid(), signal.SIGTERM)
             return real(run, batches)
 
-        train.loop.train_step = step  # in this process, which ends with the run
+        loop.train_step = step  # in this process, which ends with the run
 
     return fault
 
