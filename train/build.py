@@ -28,13 +28,14 @@ from parallel.collectives import from_leader
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline, SingleStage
 from parallel.placement import Shard
-from train.checkpoint import Resume
+from train.checkpoint import Change, Resume
 from train.config import ConfigError, Device, Precision, RunConfig, user_errors
 from train.health import Health
 from train.integrity import StateGuard
+from train.manifest import Manifest
 from train.metrics import MetricsWriter
 from train.optimizer import build_optimizer
-from train.resume import find_checkpoint, load_checkpoint, set_results_aside
+from train.resume import NoCheckpointError, Start, load_checkpoint, load_weights, set_results_aside
 from train.rewind import skipped_steps
 from train.signals import StoppedEarly, StopRequest
 from train.stages import Stage, naming, stage_of, tokens_at, total_steps
@@ -131,19 +132,28 @@ class Run:
 
 
 def build_run(
-    stages: list[Stage], stage: Stage, mesh: Mesh, stop: StopRequest, watchdog: Watchdog, console: Console
+    stages: list[Stage],
+    stage: Stage,
+    start: Start,
+    mesh: Mesh,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    console: Console,
 ) -> Run:
     """Build model, optimizer and data for a stage, and go on from a checkpoint where there is one.
 
     Raises:
         ConfigError: data that do not fit the configuration.
-        CheckpointError: no usable checkpoint where one is needed.
+        NoCheckpointError: the checkpoint cannot be read after all.
     """
     cfg = stage.cfg
     run_dir = Path(cfg.run_dir)
     with user_errors():
         loader, held_out = build_data(stages, stage, mesh, stop)
-    found = find_checkpoint(run_dir, cfg.checkpoint.resume)
+    progress, health = RunProgress(), Health(cfg.health)
+    if start.resumed is not None:
+        with user_errors():
+            progress = restore_clocks(start.resumed, loader, health, cfg)
     if mesh.rank == 0 and cfg.checkpoint.resume is Resume.never:
         set_results_aside(run_dir)
     parts, shards = build_model(cfg, mesh)
@@ -155,21 +165,13 @@ def build_run(
         for router in part.routers()
         if cfg.router.balancing is Balancing.bias
     }
-    progress, health = RunProgress(), Health(cfg.health)
     guard = StateGuard(shards, optimizer, biases, mesh, every=cfg.health.hash_every)
-    if found is not None:
-        facts = load_checkpoint(found, shards=shards, optimizer=optimizer, biases=biases).facts
-        with user_errors():
-            progress = RunProgress(**facts["progress"])
-            if cfg.rewind.entry and cfg.rewind.entry not in progress.rewinds:
-                progress.rewinds.append(cfg.rewind.entry)
-            skips = skipped_steps(progress.rewinds)
-            loader.load_state_dict(facts["data"], step=progress.step, skips=skips)
-        if "health" in facts:  # else saved before there was any
-            health.load_state_dict(facts["health"])
-        if "consumed" not in facts["progress"]:  # saved before stages were counted
-            progress.count_sources("before", facts["data"]["source_tokens"])
-        log.info("resumed from %s", found)
+    if start.resumed is not None:
+        load_checkpoint(start.resumed, shards=shards, optimizer=optimizer, biases=biases, world=mesh.world)
+        log.info("resumed from %s", start.resumed.folder)
+    elif start.initial is not None:
+        load_weights(start.initial, shards=shards, biases=biases, world=mesh.world)
+        log.info("weights are those of %s", start.initial.folder)
     metrics = None
     if mesh.rank == 0:
         metrics = MetricsWriter(
@@ -184,6 +186,36 @@ def build_run(
         stages, stage, mesh, parts, engine, shards, optimizer, loader, held_out, biases, progress, health,
         guard, stop, watchdog, metrics,
     )  # fmt: skip
+
+
+def restore_clocks(manifest: Manifest, loader: Prefetcher, health: Health, cfg: RunConfig) -> RunProgress:
+    """Clocks, data position and windows of a checkpoint, before anything large is allocated.
+
+    Raises:
+        ValueError: the data are others, and nobody allowed that.
+        NoCheckpointError: they are not what this version writes.
+    """
+    facts = manifest.facts
+    try:
+        progress = RunProgress(**facts["progress"])
+        if cfg.rewind.entry and cfg.rewind.entry not in progress.rewinds:
+            progress.rewinds.append(cfg.rewind.entry)
+        skips = skipped_steps(progress.rewinds)
+        if "health" in facts:  # else saved before there was any
+            health.load_state_dict(facts["health"])
+        try:
+            loader.load_state_dict(facts["data"], step=progress.step, skips=skips)
+        except ValueError as error:
+            if Change.data not in cfg.checkpoint.allow_changes:
+                raise
+            log.warning("the data are read from their start: %s", error)
+            loader.load_state_dict(loader.state_dict(), step=progress.step)
+            progress.consumed = {}
+        if "consumed" not in facts["progress"]:  # saved before stages were counted
+            progress.count_sources("before", facts["data"]["source_tokens"])
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise NoCheckpointError(f"{manifest.folder}: its state is not of this version: {error!r}") from error
+    return progress
 
 
 def build_model(cfg: RunConfig, mesh: Mesh) -> tuple[list[Transformer], list[Shard]]:

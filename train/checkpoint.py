@@ -8,7 +8,7 @@ import logging
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from parallel.collectives import barrier, gather_texts
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 from train.optimizer import moments
+from train.restore import Verify
 from train.storage import Box, Written, checkpoints_in, commit, write_shard
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,15 @@ class Resume(StrEnum):
     never = "never"
 
 
+class Change(StrEnum):
+    """What of a configuration may change on a resume, if asked for."""
+
+    optimizer = "optimizer"
+    """What an update is: optimizer.*, router.*, the sizes of a batch."""
+    data = "data"
+    """What is read: weights of the sources, packing, seed; other datasets begin at their start."""
+
+
 @dataclass(kw_only=True)
 class CheckpointConfig:
     """When to save and whether to go on."""
@@ -43,6 +53,14 @@ class CheckpointConfig:
     """Checkpoints that stay; null = all."""
     resume: Resume = Resume.auto
     """auto: from the newest, if any; must: or fail; never: start afresh, set older results aside."""
+    verify: Verify = Verify.hash
+    """What is checked before a checkpoint is used; in a YAML file write 'off' in quotes."""
+    fallback: bool = True
+    """Whether an older checkpoint is used where the newest is rejected; false: that is an error."""
+    init: str | None = None
+    """Checkpoint (step folder or run directory) whose model and weights a new run starts from."""
+    allow_changes: list[Change] = field(default_factory=list)
+    """Changes since the save that a resume accepts; others of the model, optimizer or data are errors."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

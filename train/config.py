@@ -6,13 +6,14 @@ Invariant: nothing changes a config after `load_config`; what is derived is a pr
 import difflib
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
 
 import yaml
+from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -276,6 +277,36 @@ def load_config(composed: DictConfig) -> RunConfig:
         raise ConfigError(str(error)) from error
     assert isinstance(cfg, RunConfig)
     return cfg
+
+
+def adopt_model(
+    composed: DictConfig, overrides: Sequence[str], model: Mapping[str, object], origin: Path
+) -> None:
+    """Give a composed configuration the model of a checkpoint; a run file's `override /model` gives way.
+
+    Raises:
+        ConfigError: a model.KEY that was given says otherwise, or the checkpoint has unknown ones.
+    """
+    store, blank = ConfigStore.instance(), OmegaConf.structured(RunConfig)
+    blank.model = OmegaConf.structured(ModelConfig)
+    for item in fields(ModelConfig):
+        blank.model[item.name] = MISSING
+    chosen = [] if any(override.startswith("model=") for override in overrides) else ["model=of_checkpoint"]
+    try:
+        store.store(name="schema", node=blank)  # without defaults: what has a value was given
+        store.store(group="model", name="of_checkpoint", node={})
+        said = compose("pretrain", overrides=[*overrides, *chosen]).model
+    finally:
+        register_schema()
+    try:
+        adopted = OmegaConf.merge(OmegaConf.structured(ModelConfig), model)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{origin}: its model is not of this version: {error}".splitlines()[0]) from error
+    given = {key: said[key] for key in said if not OmegaConf.is_missing(said, key)}
+    wrong = [f"model.{key}={given[key]}, not {adopted[key]}" for key in given if adopted[key] != given[key]]
+    if wrong:
+        raise ConfigError(f"the model comes from {origin}, which conflicts with {'; '.join(wrong)}")
+    composed.model = adopted
 
 
 def rewrite_conf(argv: list[str], env: Mapping[str, str]) -> list[str]:

@@ -54,18 +54,25 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def truncate_records(path: Path, step: int) -> None:
-    """Drop what a file says about later steps (they will be run again), a torn last line included."""
+    """Drop what a file says about later steps (they will be run again), and lines that are no records."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            break  # torn by a crash: nothing after it was written
-        if record["step"] <= step:
-            kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    content = path.read_bytes()
+    lines = [line for line in content.split(b"\n") if _is_record(line, step)]
+    kept = b"".join(line + b"\n" for line in lines)
+    if kept != content:
+        beside = path.with_name(f".{path.name}.partial")
+        beside.write_bytes(kept)
+        beside.replace(path)  # a crash in between loses nothing
+
+
+def _is_record(line: bytes, step: int) -> bool:
+    """Whether a line is a whole record of a step up to `step`; a crash tears the last one."""
+    try:
+        record = json.loads(line.decode())
+    except ValueError:
+        return False
+    return isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step
 
 
 class MetricsWriter:

@@ -11,6 +11,7 @@ from typing import NoReturn
 os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's errors through: explain() says them in one line
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,11 +32,20 @@ from parallel.mesh import (
     slurm_job,
 )
 from train.build import build_run, device_type
-from train.config import ConfigError, RunConfig, explain, load_config, register_schema, rewrite_conf
+from train.changes import judge_changes
+from train.config import (
+    ConfigError,
+    RunConfig,
+    adopt_model,
+    explain,
+    load_config,
+    register_schema,
+    rewrite_conf,
+)
 from train.lock import RunLock, lock_holder, take_lock
 from train.log import set_up_logging
 from train.loop import train
-from train.resume import NoCheckpointError, saved_step
+from train.resume import NoCheckpointError, choose_start, saved_model
 from train.rewind import set_newer_aside
 from train.signals import EXIT_CODES, Ending, StoppedEarly, StopRequest, clear_sentinels, write_sentinel
 from train.stages import build_stages, stage_of, validate_stages
@@ -46,9 +56,13 @@ from train.watchdog import Watchdog
 def main(composed: DictConfig) -> None:
     """Compose, check, run."""
     try:
+        if composed.checkpoint.init is not None:
+            saving = composed.checkpoint
+            found = saved_model(Path(composed.run_dir), Path(saving.init), saving.resume, saving.verify)
+            adopt_model(composed, HydraConfig.get().overrides.task, *found)
         cfg = load_config(composed)
-    except ConfigError as error:
-        fail(Path(composed.run_dir), str(error), 2)
+    except (ConfigError, NoCheckpointError) as error:
+        fail(Path(composed.run_dir), str(error), 3 if isinstance(error, NoCheckpointError) else 2)
     sys.exit(record(run_to_end)(cfg, OmegaConf.to_yaml(composed, resolve=True)))
 
 
@@ -69,7 +83,10 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
             raise ConfigError(f"run_dir={run_dir} is in use by {holder}; stop it, or use another run_dir")
         if problem := from_leader(set_newer_aside(run_dir, cfg.rewind) if leader else "", world):
             raise ConfigError(problem)
-        stage = stage_of(stages, saved_step(run_dir, cfg.checkpoint.resume))
+        start = choose_start(run_dir, cfg.checkpoint, world)
+        stage = stage_of(stages, start.step)
+        if start.resumed is not None:
+            judge_changes(start.resumed, stages, cfg.checkpoint.allow_changes)
         mesh = init_mesh(
             stage.cfg.parallel,
             device,
@@ -81,7 +98,7 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
             (run_dir / "config.yaml").write_text(resolved, encoding="utf-8")
         watchdog = Watchdog(mesh.rank)
         with watchdog.section("setup", cfg.health.setup_timeout_s):
-            run = build_run(stages, stage, mesh, stop, watchdog, console)
+            run = build_run(stages, stage, start, mesh, stop, watchdog, console)
         ending, reason = train(run)
     except StoppedEarly as early:
         return end_early(run_dir, str(early))

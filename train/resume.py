@@ -1,63 +1,242 @@
-"""Where a run goes on, and filling it from there."""
+"""Where a run goes on, chosen by all ranks together, and filling it from there."""
 
+import json
 import logging
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from parallel.collectives import all_gather_texts, all_reduce_sum, from_leader
+from parallel.mesh import Axis
 from parallel.placement import Shard, publish
-from train.checkpoint import Resume, state_boxes
-from train.manifest import Manifest, read_manifest
+from train.checkpoint import CheckpointConfig, Resume, state_boxes
+from train.manifest import Manifest, read_manifest, show
 from train.optimizer import set_step
-from train.restore import read_boxes
-from train.storage import CheckpointError, checkpoints_in
+from train.restore import Verify, check_files, read_boxes, strangers
+from train.storage import MANIFEST, Box, CheckpointError
 
 log = logging.getLogger(__name__)
 
+BEAT_SECONDS = 30
+"""How long a rank hashes files before it tells the others that it lives."""
+
 
 class NoCheckpointError(CheckpointError):
-    """checkpoint.resume=must, and there is none."""
+    """No checkpoint can be used where one is needed; a run does not start from random weights instead."""
 
 
-def find_checkpoint(run_dir: Path, resume: Resume) -> Path | None:
-    """The checkpoint to go on from.
+class Start(NamedTuple):
+    """Where a run begins."""
 
-    Raises:
-        NoCheckpointError: `must`, and there is none.
-    """
-    if resume is Resume.never:
-        return None
-    newest = next(checkpoints_in(run_dir / "checkpoints"), None)
-    if newest is None:
-        if resume is Resume.must:
-            raise NoCheckpointError(
-                f"checkpoint.resume=must, but {run_dir}/checkpoints holds no complete step-N"
-            )
-        return None
-    return newest[1]
+    resumed: Manifest | None = None
+    """Its own checkpoint that it goes on from."""
+    initial: Manifest | None = None
+    """The checkpoint whose weights a new run starts from."""
+
+    @property
+    def step(self) -> int:
+        """Steps taken before."""
+        return 0 if self.resumed is None else self.resumed.step
 
 
-def saved_step(run_dir: Path, resume: Resume) -> int:
-    """Step that a run goes on from; 0 if it starts. All ranks see the same folders.
+def choose_start(run_dir: Path, cfg: CheckpointConfig, world: Axis) -> Start:
+    """The newest checkpoint of the run that is whole, else checkpoint.init, else nothing; all ranks agree.
+
+    Rejected folders that are newer than the one in use are renamed to rejected-step-N.
 
     Raises:
-        NoCheckpointError: `must`, and there is none.
+        NoCheckpointError: one is needed, and none can be used; with all the reasons.
     """
-    found = find_checkpoint(run_dir, resume)
-    return 0 if found is None else int(found.name.removeprefix("step-"))
+    if cfg.resume is not Resume.never:
+        root = run_dir / "checkpoints"
+        found, rejected = _newest_whole(step_folders(root), cfg, world, is_resumed=True)
+        if found is not None:
+            if world.rank == 0:
+                _set_rejected_aside(rejected)
+            return Start(resumed=found)
+        if rejected:
+            remedy = "repair them, or start again in another run_dir or with checkpoint.resume=never"
+            raise NoCheckpointError(f"{root}: {_explain(rejected, cfg)}\n{remedy}")
+        if cfg.resume is Resume.must:
+            raise NoCheckpointError(f"checkpoint.resume=must, but {root} holds no step-N")
+    if cfg.init is None:
+        return Start()
+    found, rejected = _newest_whole(folders_of(Path(cfg.init)), cfg, world, is_resumed=False)
+    if found is None:
+        raise NoCheckpointError(f"checkpoint.init={cfg.init}: {_explain(rejected, cfg)}")
+    return Start(initial=found)
+
+
+def step_folders(root: Path) -> list[Path]:
+    """All `step-*` under a folder, whole or not, newest first."""
+
+    def step(path: Path) -> tuple[int, str]:
+        digits = path.name.removeprefix("step-")
+        return int(digits) if digits.isascii() and digits.isdecimal() else -1, digits
+
+    return sorted(root.glob("step-*"), key=step, reverse=True)
+
+
+def folders_of(path: Path) -> list[Path]:
+    """The checkpoints that a path means: a step folder, or those of a run directory, newest first."""
+    return step_folders(path / "checkpoints") or [path]
+
+
+def saved_model(run_dir: Path, init: Path, resume: Resume, verify: Verify) -> tuple[Mapping[str, Any], Path]:
+    """The model of a run with checkpoint.init: as its own newest checkpoint has it, else that of `init`.
+
+    Raises:
+        NoCheckpointError: no manifest can be read.
+    """
+    own = [] if resume is Resume.never else step_folders(run_dir / "checkpoints")
+    reasons = []
+    for folder in own or folders_of(init):
+        try:
+            config = read_manifest(folder, is_checked=verify is not Verify.off).part("config")
+            if isinstance(config.get("model"), dict):
+                return config["model"], folder
+            reasons.append(f"{folder / MANIFEST}: config.model is {show(config.get('model'))}")
+        except CheckpointError as error:
+            reasons.append(str(error))
+    raise NoCheckpointError(
+        "".join([f"checkpoint.init={init}: nothing can be read:", *map("\n  {}".format, reasons)])
+    )
+
+
+def _newest_whole(
+    folders: Sequence[Path], cfg: CheckpointConfig, world: Axis, *, is_resumed: bool
+) -> tuple[Manifest | None, dict[Path, list[str]]]:
+    """The first of the leader's folders that has no fault, and by folder the faults of those before it."""
+    agreed = json.loads(
+        from_leader(json.dumps([str(path) for path in folders]) if world.rank == 0 else "", world)
+    )
+    rejected: dict[Path, list[str]] = {}
+    for folder in map(Path, agreed):
+        manifest, problems = _examine(folder, cfg.verify, world, is_resumed=is_resumed)
+        if not problems:
+            return manifest, rejected
+        rejected[folder] = problems
+        if world.rank == 0:
+            for problem in problems:
+                log.warning("rejected %s: %s", folder.name, problem)
+        if not cfg.fallback:
+            break
+    return None, rejected
+
+
+def _examine(
+    folder: Path, how: Verify, world: Axis, *, is_resumed: bool
+) -> tuple[Manifest | None, list[str]]:
+    """A checkpoint and what any rank finds wrong with it; its files are dealt out, so all are read once."""
+    manifest: Manifest | None = None
+    work: Iterator[str] = iter(())
+    try:
+        manifest = read_manifest(folder, is_checked=how is not Verify.off)
+        if is_resumed:
+            _check_resumable(manifest)
+        problems = strangers(manifest) if world.rank == 0 else []
+        if how is not Verify.off:
+            facts = manifest.files
+            by_size = sorted(facts, key=lambda name: (-facts[name].size, name))
+            work = check_files(manifest, by_size[world.rank :: world.size], how)
+    except CheckpointError as error:
+        problems = [str(error)]
+    while int(all_reduce_sum(torch.tensor(_work_a_while(work, problems)), world)):
+        pass
+    heard = [
+        line for lines in map(json.loads, all_gather_texts(json.dumps(problems), world)) for line in lines
+    ]
+    return manifest, list(dict.fromkeys(heard))
+
+
+def _work_a_while(work: Iterator[str], problems: list[str]) -> int:
+    """Check files, but never so long that the others take this rank for dead; 0 = done, 1 = not yet."""
+    end = time.monotonic() + BEAT_SECONDS
+    for problem in work:
+        if problem:
+            problems.append(problem)
+        if time.monotonic() > end:
+            return 1
+    return 0
+
+
+def _check_resumable(manifest: Manifest) -> None:
+    """Refuse a checkpoint that is no state of a run, or not the one that its name says."""
+    path, progress = manifest.folder / MANIFEST, manifest.part("progress")
+    if manifest.holds_weights_only:
+        raise CheckpointError(f"{path}: holds weights only; a run can start from it: checkpoint.init")
+    if manifest.folder.name != f"step-{manifest.step}":
+        raise CheckpointError(f"{path}: is of step {manifest.step}, the folder's name says otherwise")
+    for key in ("step", "tokens", "optimizer_steps"):
+        if type(progress.get(key)) is not int or progress[key] < 0:
+            raise CheckpointError(f"{path}: progress.{key} is {show(progress.get(key))}")
+    for key in ("data", "config"):
+        manifest.part(key)
+
+
+def _explain(rejected: Mapping[Path, Sequence[str]], cfg: CheckpointConfig) -> str:
+    lines = [f"\n  {problem}" for problems in rejected.values() for problem in problems]
+    if cfg.fallback:
+        return f"every checkpoint was rejected:{''.join(lines)}"
+    return f"the newest checkpoint was rejected, and checkpoint.fallback=false:{''.join(lines)}"
+
+
+def _set_rejected_aside(rejected: Mapping[Path, Sequence[str]]) -> None:
+    """Give folders names that no later save and no later choice meets; nothing is lost."""
+    for path in rejected:
+        target, number = path.with_name(f"rejected-{path.name}"), 1
+        while target.exists():
+            number += 1
+            target = path.with_name(f"rejected-{path.name}-{number}")
+        path.rename(target)
+        log.warning("%s is now %s", path, target.name)
 
 
 def load_checkpoint(
-    path: Path, *, shards: Sequence[Shard], optimizer: torch.optim.Optimizer, biases: Mapping[str, Tensor]
-) -> Manifest:
-    """Fill weights, moments and router biases from a checkpoint of any layout; its manifest."""
-    manifest = read_manifest(path)
-    read_boxes(manifest, state_boxes(shards, optimizer, biases))
+    manifest: Manifest,
+    *,
+    shards: Sequence[Shard],
+    optimizer: torch.optim.Optimizer,
+    biases: Mapping[str, Tensor],
+    world: Axis,
+) -> None:
+    """Fill weights, moments and router biases from a checkpoint of any layout.
+
+    Raises:
+        NoCheckpointError: a tensor is not there or not readable; on every rank.
+    """
+    _read_together(manifest, state_boxes(shards, optimizer, biases), world)
     set_step(optimizer, shards, manifest.facts["progress"]["optimizer_steps"])
     publish(shards)
-    return manifest
+
+
+def load_weights(
+    manifest: Manifest, *, shards: Sequence[Shard], biases: Mapping[str, Tensor], world: Axis
+) -> None:
+    """Fill weights, and router biases where there are some, for a new run.
+
+    Raises:
+        NoCheckpointError: a tensor is not there or not readable; on every rank.
+    """
+    boxes = {f"model.{s.name}": Box(s.master, s.shape, s.offset) for s in shards}
+    known = {key: Box(b, tuple(b.shape), (0,)) for key, b in biases.items() if key in manifest.tensors}
+    _read_together(manifest, boxes | known, world)
+    publish(shards)
+
+
+def _read_together(manifest: Manifest, boxes: Mapping[str, Box], world: Axis) -> None:
+    said = ""
+    try:
+        read_boxes(manifest, boxes)
+    except CheckpointError as error:
+        said = str(error)
+    heard = [text for text in all_gather_texts(said, world) if text]
+    if heard:
+        raise NoCheckpointError(heard[0])
 
 
 def set_results_aside(run_dir: Path) -> None:

@@ -21,13 +21,13 @@ VALUES = torch.arange(24.0).view(6, 4)
 FACTS = {"step": 3, "progress": {"step": 3}, "config": {"model": {"num_layers": 2}, "lr": 1e-3, "name": None}}
 
 
-def make(root: Path, step: int = 3) -> Path:
+def make(root: Path, step: int = 3, shift: float = 0.0) -> Path:
     """Two ranks: `w` cut in two, `b` whole on the first, a scalar on the second."""
     folder = root / f".tmp-step-{step}"
     folder.mkdir(parents=True)
     boxes = [
-        {"w": Box(VALUES[:2], (6, 4), (0, 0)), "b": Box(torch.ones(5), (5,), (0,))},
-        {"w": Box(VALUES[2:], (6, 4), (2, 0)), "s": Box(torch.tensor(7.0), (), ())},
+        {"w": Box(VALUES[:2] + shift, (6, 4), (0, 0)), "b": Box(torch.ones(5), (5,), (0,))},
+        {"w": Box(VALUES[2:] + shift, (6, 4), (2, 0)), "s": Box(torch.tensor(7.0), (), ())},
     ]
     written = [write_shard(folder, rank, part) for rank, part in enumerate(boxes)]
     commit(folder, root / f"step-{step}", written, {**FACTS, "step": step})
@@ -299,6 +299,17 @@ def test_a_header_must_agree(tensors: dict[str, torch.Tensor], message: str, tmp
     write(folder, content)
     (problem,) = verify(folder, Verify.size)
     assert problem.startswith(f"{path}: {message}")
+
+
+def test_bytes_that_belong_to_no_tensor_are_refused(tmp_path: Path) -> None:
+    folder = make(tmp_path)
+    path = folder / "rank-00000.safetensors"
+    path.write_bytes(path.read_bytes() + b"more")
+    content = content_of(folder)
+    content["files"][path.name]["size"] += 4
+    write(folder, content)
+    (problem,) = verify(folder, Verify.size)
+    assert problem == f"{path}: header: tensors of 52 bytes, 56 are there"
 
 
 def test_a_pickle_in_the_folder_is_named_and_never_run(tmp_path: Path) -> None:

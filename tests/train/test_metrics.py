@@ -44,6 +44,18 @@ def test_truncate_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1}\n{"step": 3, "x": 1}\n'
 
 
+def test_truncate_drops_what_is_no_record_and_leaves_a_good_file_alone(tmp_path: Path) -> None:
+    """Rubbish of a damaged disk, JSON of another kind; records behind it stay."""
+    path = tmp_path / "metrics.jsonl"
+    good = [b'{"step": 1}\n', '{"step": 2, "said": "a\\u2028b \u2028"}\n'.encode()]
+    path.write_bytes(good[0] + b"\xff\xfe\n[3]\n5\n{}\n" + good[1] + b'{"step": 3}\n{"st')
+    truncate_records(path, 2)
+    assert path.read_bytes() == b"".join(good) and list(tmp_path.iterdir()) == [path]
+    before = path.stat().st_ino
+    truncate_records(path, 2)
+    assert path.stat().st_ino == before  # not rewritten
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_writer_appends_and_shows_progress_on_a_terminal(terminal: bool, tmp_path: Path) -> None:
     screen = io.StringIO()
