@@ -1,7 +1,9 @@
 """The process grid: one frozen object, handed down; only this file reads the launcher's variables."""
 
+import json
 import os
 import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
@@ -110,6 +112,7 @@ def join_job(device_type: str, *, timeout_minutes: float = 10) -> Axis:
     world_size = launched_world_size()
     if world_size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        _record_collectives(device_type)
         timeout = timedelta(minutes=timeout_minutes)
         try:
             store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
@@ -127,6 +130,29 @@ def join_job(device_type: str, *, timeout_minutes: float = 10) -> Axis:
             ) from error
     group = dist.group.WORLD if world_size > 1 else None
     return Axis("world", launched_rank(), tuple(range(world_size)), group)
+
+
+def _record_collectives(device_type: str) -> None:
+    """Turn torch's flight recorder on, where the user has not said otherwise; NCCL: a dump at a timeout."""
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # the older name
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    if device_type == "cuda":
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
+def last_collective() -> str:
+    """What this process's flight recorders noted last; gloo's has no sends and receives."""
+    entries: list[dict[str, Any]] = []
+    for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):  # of gloo, of NCCL where torch has it
+        dump = getattr(torch._C._distributed_c10d, name, None)
+        entries += [] if dump is None else json.loads(dump(True, False)).get("entries", [])
+    if not entries:
+        return "none on record"
+    last = max(entries, key=lambda entry: entry["time_created_ns"])
+    seconds = time.time() - last["time_created_ns"] / 1e9
+    is_over = last["retired"] or last["state"] == "completed"
+    what = f"{last['profiling_name']} over {last['process_group'][-1]}, shapes {last['input_sizes']}"
+    return f"{what}, begun {seconds:.1f} s ago, {'over' if is_over else 'not over'}"
 
 
 def leave_job() -> None:
@@ -200,7 +226,7 @@ def _axis(name: str, lines: list[list[int]], rank: int, groups: dict[str, dist.P
         return Axis(name, 0, tuple(mine))
     key = str(lines)
     if key not in groups:
-        groups[key], _ = dist.new_subgroups_by_enumeration(lines)
+        groups[key], _ = dist.new_subgroups_by_enumeration(lines, group_desc=name)
     return Axis(name, mine.index(rank), tuple(mine), groups[key])
 
 

@@ -25,7 +25,7 @@ from parallel.config import SPLIT_BACKWARD, MoEConfig, ParallelConfig, Recompute
 from train.checkpoint import CheckpointConfig, Resume
 from train.curriculum import StageConfig
 from train.dashboards import WandbConfig
-from train.health import HealthConfig
+from train.health import HealthConfig, Rerun
 from train.metrics import LogConfig
 from train.optimizer import OptimizerConfig
 from train.rewind import RewindConfig
@@ -164,6 +164,12 @@ class RunConfig:
         if self.rewind.to is not None and self.checkpoint.resume is Resume.never:
             raise ConfigError(
                 f"rewind.to={self.rewind.to} needs a checkpoint; checkpoint.resume=never must be auto or must"
+            )
+        is_repeatable = self.train.deterministic or self.train.device is Device.cpu
+        if self.health.rerun is Rerun.on_suspicion and not is_repeatable:
+            raise ConfigError(
+                f"health.rerun={self.health.rerun} compares bits, which a GPU repeats only with "
+                "train.deterministic=true; set it, or train.device=cpu, or health.rerun=never"
             )
         if not self.data.sources:
             raise ConfigError("data.sources is empty; give at least one {path: PREFIX, weight: 1.0}")

@@ -27,6 +27,13 @@ class OnSpike(StrEnum):
     skip = "skip"
 
 
+class Rerun(StrEnum):
+    """When forward and backward of a step run again before its update."""
+
+    never = "never"
+    on_suspicion = "on_suspicion"
+
+
 @dataclass(kw_only=True)
 class HealthConfig:
     """What a run does about numbers that go wrong."""
@@ -41,6 +48,9 @@ class HealthConfig:
     max_skips_in_row: int | None = 10
     """Skipped steps in a row at which the run ends as FAILED, without saving; null = never."""
 
+    rerun: Rerun = Rerun.never
+    """on_suspicion: compute a spike or a non-finite step once more; other bits were a transient error, and
+    the second result counts; the same bits are the data's doing. Needs train.deterministic, or the CPU."""
     hash_every: int | None = None
     """Steps between hashes of weights and moments, each checked before the next update or save; null = never.
     1 covers all the time between updates, N an N-th of it."""
@@ -93,8 +103,7 @@ class Health:
         values = {"loss": loss, "grad_norm": grad_norm}
         skipped, self.score, self.spike = not math.isfinite(loss + grad_norm), None, ""
         self.norm_limit = math.inf
-        if not skipped and 2 * len(self.windows["loss"]) >= self.cfg.window:
-            scores = {key: deviations(value, self.windows[key]) for key, value in values.items()}
+        if not skipped and (scores := self._scores(values)):
             key, self.score = max(scores.items(), key=lambda item: item[1])
             if self.score > self.cfg.spike_sigmas:
                 skipped = self.cfg.on_spike is OnSpike.skip
@@ -109,6 +118,17 @@ class Health:
                 self.windows[key].append(value)
         self.skips_in_row = self.skips_in_row + 1 if skipped else 0
         return skipped
+
+    def suspects(self, loss: float, grad_norm: float) -> bool:
+        """Whether a step with these values is non-finite or a spike; changes nothing."""
+        scores = self._scores({"loss": loss, "grad_norm": grad_norm})
+        return not math.isfinite(loss + grad_norm) or max(scores.values(), default=0) > self.cfg.spike_sigmas
+
+    def _scores(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Deviations above the mean; {} while the window is less than half full."""
+        if 2 * len(self.windows["loss"]) < self.cfg.window:
+            return {}
+        return {key: deviations(value, self.windows[key]) for key, value in values.items()}
 
     def _usual_norm(self, norm: float, score: float) -> float:
         """mean + sigmas^2 / score deviations: the farther out, the nearer to the mean (arXiv 2504.02507)."""

@@ -143,7 +143,7 @@ class StateGuard:
         found = []
         if changed:
             where = f"rank {self.mesh.rank} on {platform.node()}"
-            found.append(f"{where}: {_some(changed)} changed between two updates")
+            found.append(f"{where}: {some(changed)} changed between two updates")
         found += _parted(self.names, kept, self.is_replica.tolist(), self.mesh.tp.ranks)
         if found:
             log.error("%s", "; ".join(found))
@@ -176,9 +176,10 @@ def _parted(
         verdict = f"tp ranks {list(group)} hold different bits"
         verdict += f", rank{'s' * (len(odd) > 1)} {str(odd)[1:-1]} the odd one out" if odd else ""
         by_verdict.setdefault(verdict, []).append(name)
-    return [f"{verdict}: {_some(found)}" for verdict, found in by_verdict.items()]
+    return [f"{verdict}: {some(found)}" for verdict, found in by_verdict.items()]
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Sequence
+import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,8 @@ from parallel.grad import clip_factor, square_sum
 from parallel.pipeline import MicroBatch
 from parallel.placement import collect_gradients, drop_gradients
 from train.build import Run
-from train.health import find_non_finite
+from train.health import Rerun, find_non_finite
+from train.integrity import digests, some
 from train.optimizer import clipped_step, set_lr
 
 log = logging.getLogger(__name__)
@@ -44,17 +46,14 @@ def train_step(run: Run, batches: Sequence[Batch]) -> StepResult:
         DamagedStateError: on every rank, before the update, if weights or moments changed since the last.
     """
     cfg, progress = run.cfg, run.progress
-    targets = all_reduce_sum(count_targets(batches).to(run.mesh.device), run.mesh.dp)
     for router in run.routers:
         router.begin_step()
-    loss_weight = 1 / (len(batches) * cfg.model.num_layers)
-    loss = run.engine.forward_backward(local_batches(run, batches), targets, loss_weight)
-    loss /= run.mesh.tp.size  # every tp rank has the same losses
-    collect_gradients(run.shards, run.mesh.tp)
-    squares = square_sum(run.shards).to(run.mesh.device)
-    notes = [squares.new_tensor(run.stop.is_set), run.guard.damage()]
-    sums = all_reduce_sum(torch.stack([loss, squares, *notes]), run.mesh.world)
+    before = router_counts(run) if cfg.health.rerun is Rerun.on_suspicion else {}
+    sums = compute_gradients(run, batches)
     loss_sum, square, stops, damaged = sums.tolist()  # the one host read of a step
+    if before and not damaged and run.health.suspects(loss_sum, math.sqrt(square)):
+        sums = compute_again(run, batches, before)
+        loss_sum, square, stops, damaged = sums.tolist()
     if damaged:
         run.guard.fail()
     grad_norm = math.sqrt(square)
@@ -72,6 +71,62 @@ def train_step(run: Run, batches: Sequence[Batch]) -> StepResult:
         warn_of_source(run, batches, loss_sum)
     drop_gradients(run.shards)
     return StepResult(loss_sum, grad_norm, lr, skipped, stops > 0)
+
+
+def compute_gradients(run: Run, batches: Sequence[Batch]) -> torch.Tensor:
+    """Leave the step's gradients in the masters.
+
+    Returns:
+        [loss, square of the gradient norm, ranks asked to stop, ranks with damaged state]: summed over all
+        ranks, fp64, on the device.
+    """
+    targets = all_reduce_sum(count_targets(batches).to(run.mesh.device), run.mesh.dp)
+    loss_weight = 1 / (len(batches) * run.cfg.model.num_layers)
+    loss = run.engine.forward_backward(local_batches(run, batches), targets, loss_weight)
+    loss /= run.mesh.tp.size  # every tp rank has the same losses
+    collect_gradients(run.shards, run.mesh.tp)
+    squares = square_sum(run.shards).to(run.mesh.device)
+    notes = [squares.new_tensor(run.stop.is_set), run.guard.damage()]
+    return all_reduce_sum(torch.stack([loss, squares, *notes]), run.mesh.world)
+
+
+def compute_again(
+    run: Run, batches: Sequence[Batch], before: Mapping[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """Compute a suspicious step's gradients once more, say whether all bits agree, keep the second ones.
+
+    Args:
+        before: what the routers had counted.
+    """
+    names, first = hash_step(run)
+    drop_gradients(run.shards)
+    for buffer, value in before.items():
+        buffer.copy_(value)
+    sums = compute_gradients(run, batches)
+    differs = (hash_step(run)[1] != first).tolist()
+    found = [name for name, other in zip(names, differs, strict=True) if other]
+    step, ranks = run.progress.step + 1, int(all_reduce_sum(torch.tensor(bool(found)).long(), run.mesh.world))
+    if found:
+        log.warning("step %d: rank %d on %s computed other bits of %s when it computed them again", step,
+                    run.mesh.rank, platform.node(), some(found))  # fmt: skip
+    if run.metrics is not None and ranks:
+        log.warning("step %d: computed again, %d ranks got other bits: a transient error; the second result"
+                    " counts", step, ranks)  # fmt: skip
+    elif run.metrics is not None:
+        log.warning("step %d: computed again with the same bits: no transient error", step)
+    return sums
+
+
+def hash_step(run: Run) -> tuple[list[str], torch.Tensor]:
+    """Names and hashes of what this rank computed in a step: its micro-batches' losses, its gradients."""
+    results = {f"loss of micro-batch {i}": loss for i, loss in enumerate(run.engine.micro_losses)}
+    results |= {f"gradient of {s.name}": s.master.grad for s in run.shards if s.master.grad is not None}
+    return list(results), digests(results.values())
+
+
+def router_counts(run: Run) -> dict[torch.Tensor, torch.Tensor]:
+    """Copies of what the routers of this rank have counted, by the buffer."""
+    return {buffer: buffer.clone() for router in run.routers for buffer in router.buffers(recurse=False)}
 
 
 def warn_of_source(run: Run, batches: Sequence[Batch], loss_sum: float) -> None:

@@ -1,4 +1,4 @@
-"""Ends a process that hangs: a thread that prints all stacks and exits when a section takes too long.
+"""Ends a process that hangs: a thread that, when a section takes too long, prints stacks and exits.
 
 A rank that waits for a stopped peer hangs, too, so any rank can end the job; the launcher sees the exit code.
 """
@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
+
+from parallel.mesh import last_collective
 
 HANG_CODE = 75
 """Exit code: trying again makes sense. No sentinel is written; the last checkpoint stays."""
@@ -52,4 +54,8 @@ class Watchdog:
         sys.stderr.write(f"rank {self.rank} hangs in {self._section}; stacks of all threads:\n")
         sys.stderr.flush()
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        os._exit(HANG_CODE)
+        try:
+            sys.stderr.write(f"rank {self.rank}: last collective: {last_collective()}\n")
+            sys.stderr.flush()
+        finally:
+            os._exit(HANG_CODE)

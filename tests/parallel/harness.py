@@ -503,10 +503,10 @@ def share_groups() -> None:
     make = dist.new_subgroups_by_enumeration
     made: dict[str, Any] = {}
 
-    def reuse(lines: list[list[int]]) -> Any:
+    def reuse(lines: list[list[int]], group_desc: str) -> Any:
         key = str(lines)
         if key not in made:
-            made[key] = make(lines)
+            made[key] = make(lines, group_desc=group_desc)
         return made[key]
 
     dist.new_subgroups_by_enumeration = reuse

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from parallel.pipeline import SingleStage
 from tests.train.forked import run_forked
+from tests.train.test_config import config
 from tests.train.test_pretrain import column, ending, lines, tensors
-from train.health import HealthConfig
+from train.config import ConfigError
+from train.health import Health, HealthConfig
 from train.integrity import StateGuard, digests
 
 
@@ -126,3 +129,69 @@ def test_replicas_over_tp_that_part_are_named(
 def test_hash_every_is_checked() -> None:
     with pytest.raises(ValueError, match=r"health.hash_every=0 must be at least 1, or null = never"):
         HealthConfig(hash_every=0)
+
+
+def perturb_gradient(calls: list[int], factor: float, on_rank: int, rank: int) -> None:
+    """A fault for run_forked: in these calls, counted from 1, one gradient element of one rank is off."""
+    inner, count = SingleStage.forward_backward, [0]
+
+    def forward_backward(self: SingleStage, *arguments: object) -> torch.Tensor:
+        loss = inner(self, *arguments)  # type: ignore[arg-type]
+        count[0] += 1
+        if count[0] in calls and rank == on_rank:
+            gradient = dict(self.model.named_parameters())["blocks.1.mixer.qkv.weight"].grad
+            gradient.to_local()[0, 0] = factor  # type: ignore[union-attr]
+        return loss
+
+    SingleStage.forward_backward = forward_backward  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("is_transient", [True, False])
+def test_a_suspicious_step_is_computed_again(
+    is_transient: bool, license_corpus: Path, tmp_path: Path
+) -> None:
+    """Step 3's gradient is off, as a spike in the first of two passes or as NaN in both."""
+    overrides = [
+        f"data.sources=[{{path: {license_corpus}}}]", "train.steps=4", "health.window=4",
+        "checkpoint.every=2", "router.balancing=bias", "router.capacity_factor=1.0", "health.spike_sigmas=30",
+    ]  # fmt: skip
+    fault = partial(perturb_gradient, [3] if is_transient else [3, 4], 1e3 if is_transient else np.nan, 1)
+    run_dir, clean = tmp_path / "run", tmp_path / "clean"
+    ended = run_forked(run_dir, *overrides, "health.rerun=on_suspicion", processes=2, fault=fault)
+    assert ended.codes == [0, 0], ended.said
+    where = (
+        f"step 3: rank 1 on {platform.node()} computed other bits of gradient of blocks.1.mixer.qkv.weight"
+    )
+    if not is_transient:
+        assert "step 3: computed again with the same bits: no transient error" in ended.said[0]
+        assert "other bits" not in "".join(ended.said)
+        assert [record["skipped"] for record in lines(run_dir)] == [0, 0, 1, 0]
+        return
+    assert where in ended.said[1] and "other bits" not in ended.said[0].replace("ranks got other bits", "")
+    assert "step 3: computed again, 1 ranks got other bits: a transient error" in ended.said[0]
+    assert [record["skipped"] for record in lines(run_dir)] == [0, 0, 0, 0]
+    assert run_forked(clean, *overrides, processes=2).codes == [0, 0]  # and counts, drops, bias as there
+    for key in ("loss", "grad_norm", "aux_loss", "drop_rate"):
+        assert column(run_dir, key).tolist() == column(clean, key).tolist()
+    assert lines(run_dir, "experts") == lines(clean, "experts")
+    first, second = (tensors(each / "checkpoints/step-4") for each in (run_dir, clean))
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+
+
+def test_rerun_needs_a_device_that_repeats_bits() -> None:
+    arguments = ("conf=debug", "health.rerun=on_suspicion", "train.deterministic=false")
+    config(*arguments, "train.device=cpu").validate(1)
+    with pytest.raises(
+        ConfigError, match=r"health\.rerun=on_suspicion compares bits, which a GPU repeats only"
+    ):
+        config(*arguments, "train.device=auto").validate(1)
+
+
+def test_suspicion_is_what_the_policy_calls_a_spike() -> None:
+    health = Health(HealthConfig(window=4))
+    assert not health.suspects(1e9, 1e9) and health.suspects(1.0, float("inf"))
+    for loss in (1.0, 1.1, 1.0):
+        health.judge(loss, 1.0)
+    before = health.state_dict()
+    assert health.suspects(9.0, 1.0) and health.suspects(1.0, 2.0) and not health.suspects(1.05, 1.0)
+    assert health.state_dict() == before

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from parallel.mesh import _record_collectives
 from tests.parallel.test_rank_failure import workers
 from tests.train.test_pretrain import ROOT, command
 from train.health import HealthConfig
@@ -79,8 +80,28 @@ def test_a_stopped_rank_takes_the_job_down(license_corpus: Path, tmp_path: Path)
             os.kill(rank, signal.SIGKILL)
     text = said.read_text()
     assert re.search(r"rank 0 hangs in step \d+; stacks of all threads:", text), text
+    assert re.search(
+        r"rank 0: last collective: gloo:\w+ over \w+, shapes .*, begun \d+\.\d s ago, not over", text
+    )
     assert "in train_step" in text and re.search(r"exitcode\s*: 75", text)
     assert not any((tmp_path / "run" / name).exists() for name in ("DONE", "REQUEUE", "FAILED"))
+
+
+def test_the_flight_recorder_is_on_unless_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT"):
+        monkeypatch.setenv(name, "")  # so that it is as before after the test
+        monkeypatch.delenv(name)
+    _record_collectives("cpu")
+    assert os.environ["TORCH_FR_BUFFER_SIZE"] == "2000" and "TORCH_NCCL_DUMP_ON_TIMEOUT" not in os.environ
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")
+    monkeypatch.setenv("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+    _record_collectives("cuda")
+    assert (os.environ["TORCH_FR_BUFFER_SIZE"], os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"]) == ("7", "0")
+    monkeypatch.delenv("TORCH_FR_BUFFER_SIZE")
+    monkeypatch.delenv("TORCH_NCCL_DUMP_ON_TIMEOUT")
+    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "5")
+    _record_collectives("cuda")
+    assert "TORCH_FR_BUFFER_SIZE" not in os.environ and os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
 
 
 @pytest.mark.parametrize(
