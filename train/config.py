@@ -21,11 +21,12 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from data.config import DataConfig
 from model.config import ModelConfig, RouterConfig
-from parallel.config import SPLIT_BACKWARD, MoEConfig, ParallelConfig, Recompute, Schedule, num_stages
+from parallel.config import MoEConfig, ParallelConfig, Recompute
 from train.checkpoint import CheckpointConfig, Resume
 from train.curriculum import StageConfig
 from train.dashboards import WandbConfig
 from train.health import HealthConfig, Rerun
+from train.layout import check_layout
 from train.metrics import LogConfig
 from train.optimizer import OptimizerConfig
 from train.rewind import RewindConfig
@@ -181,7 +182,16 @@ class RunConfig:
                 f"batch.micro_rows * dp = {self.batch.row_tokens} * {self.batch.micro_rows} * {dp} = {unit}; "
                 f"the nearest is {nearest}"
             )
-        self._check_layout(dp, edp)
+        with user_errors():
+            check_layout(
+                self.model,
+                self.parallel,
+                self.train.recompute,
+                dp=dp,
+                edp=edp,
+                row_tokens=self.batch.row_tokens,
+                num_micro=self.num_micro_batches(dp),
+            )
         if self.eval.every is not None and self.eval.rows % rows:
             nearest = -(-self.eval.rows // rows) * rows
             raise ConfigError(
@@ -190,75 +200,6 @@ class RunConfig:
             )
         if self.eval.every is not None and self.data.eval_fraction == 0:
             raise ConfigError("eval.every needs held-out documents; set data.eval_fraction above 0")
-
-    def _check_layout(self, dp: int, edp: int) -> None:
-        """Every axis must divide what it cuts."""
-        model, batch, axes = self.model, self.batch, self.parallel
-        sizes = [
-            ("tp", "model.num_heads", model.num_heads),
-            ("tp", "model.vocab_size", model.vocab_size),
-            ("ep", "model.num_experts", model.num_experts),
-            ("etp", "model.expert_ffn_size", model.expert_ffn_size),
-        ]
-        for axis, key, size in sizes:
-            require_divisor(f"parallel.{axis}", getattr(axes, axis), key, size)
-        if model.num_kv_heads % axes.tp and axes.tp % model.num_kv_heads:
-            raise ConfigError(
-                f"parallel.tp={axes.tp} must divide model.num_kv_heads={model.num_kv_heads} "
-                "or be a multiple of it"
-            )
-        if axes.cp > 1 or self.train.recompute is Recompute.selective:  # both halve a rank's part of a row
-            require_divisor("2 * parallel.cp", 2 * axes.cp, "batch.row_tokens", batch.row_tokens)
-        tokens = batch.row_tokens // axes.cp
-        require_divisor("parallel.tp", axes.tp, "batch.row_tokens / parallel.cp", tokens)
-        if model.num_experts // axes.ep < edp:
-            for key, size in (
-                ("model.hidden_size", model.hidden_size),
-                ("model.expert_ffn_size / parallel.etp", model.expert_ffn_size // axes.etp),
-            ):
-                rule = "edp (more edp ranks than experts a rank, so weights are cut)"
-                require_divisor(rule, edp, key, size)
-        if axes.pp > 1:
-            self._check_pipeline(dp)
-
-    def _check_pipeline(self, dp: int) -> None:
-        """Rules of torch's schedules, some of which it breaks without a word."""
-        axes, schedule, pp = self.parallel, self.parallel.schedule, self.parallel.pp
-        stages, num_micro = num_stages(schedule, pp), self.num_micro_batches(dp)
-        micro = f"{num_micro} micro-batches (batch.global_tokens / (row_tokens * micro_rows * dp))"
-        if self.model.num_layers < stages:
-            raise ConfigError(
-                f"parallel.pp={pp} with parallel.schedule={schedule} needs {stages} stages; "
-                f"model.num_layers={self.model.num_layers} must be at least that"
-            )
-        if schedule in SPLIT_BACKWARD and axes.zero_stage == 3:
-            raise ConfigError(
-                f"parallel.zero_stage=3 with parallel.schedule={schedule} gives wrong gradients in FSDP2; "
-                "use zero_stage 1 or 2, or schedule 1f1b or interleaved"
-            )
-        if schedule in SPLIT_BACKWARD and self.train.recompute is not Recompute.none:
-            raise ConfigError(
-                f"train.recompute={self.train.recompute} with parallel.schedule={schedule} would recompute "
-                "up to four times; it must be none; use train.recompute=none, or schedule 1f1b or interleaved"
-            )
-        if schedule in SPLIT_BACKWARD and dp * axes.cp == 1 and axes.ep * axes.etp < axes.tp:
-            raise ConfigError(
-                f"parallel.schedule={schedule} loses gradients if experts are sharded over edp and the rest "
-                "is not; set parallel.ep * parallel.etp = parallel.tp, or dp * cp above 1"
-            )
-        least = {Schedule["1f1b"]: pp, Schedule.dualpipev: 2 * pp}.get(schedule, 1)
-        if num_micro < least:
-            raise ConfigError(f"parallel.schedule={schedule} needs at least {least}, not {micro}")
-        rounds = max(1, num_micro // pp)
-        if schedule in (Schedule.interleaved, Schedule.interleaved_zero_bubble) and num_micro % rounds:
-            raise ConfigError(f"parallel.schedule={schedule} needs a multiple of {rounds}, not {micro}")
-
-
-def require_divisor(key: str, value: int, of_key: str, size: int) -> None:
-    """Raise a ConfigError that names the legal values unless value divides size."""
-    if size % value:
-        legal = [n for n in range(1, min(size, 512) + 1) if size % n == 0]
-        raise ConfigError(f"{key}={value} must divide {of_key}={size}; use one of {legal}")
 
 
 def register_schema() -> None:
