@@ -12,8 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.torch_version import TorchVersion
 
 from parallel.config import ParallelConfig
+
+SAVE_TIMEOUT = timedelta(hours=2)
+"""How long a rank waits for the slowest to write its part of a checkpoint."""
 
 
 class JoinError(RuntimeError):
@@ -67,6 +71,9 @@ class Mesh:
     """As etp; see above."""
     world: Axis
     """All ranks."""
+    saving: Axis
+    """All ranks, for tensors of the host; a process group of its own, because saves are slow and run beside
+    training."""
     data_mesh: DeviceMesh | None = None
     """`data` for FSDP2; None at size 1."""
     expert_data_mesh: DeviceMesh | None = None
@@ -98,6 +105,19 @@ def launch_name() -> str:
 def slurm_job() -> str | None:
     """Number of the Slurm job that this process is part of; None outside Slurm."""
     return os.environ.get("SLURM_JOB_ID")
+
+
+def launcher_grace_s() -> float | None:
+    """Seconds that torchrun leaves its ranks after a stop signal; None without it.
+
+    Ranks see what the environment says, not torchrun's option --shutdown-timeout.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    if torch.__version__ < TorchVersion("2.12"):
+        return 30.0
+    default = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+    return float(os.environ.get("PET_SHUTDOWN_TIMEOUT", default))
 
 
 def join_job(device_type: str, *, timeout_minutes: float = 10) -> Axis:
@@ -202,6 +222,9 @@ def init_mesh(cfg: ParallelConfig, device_type: str, *, pool_groups: int = 1, ov
     own: dict[str, dist.ProcessGroup] = {} if overlaps else groups
     for name in ("exchange", "etp"):
         axes[f"{name}_back"] = _axis(f"{name}_back", grids[name].tolist(), rank, own)
+    axes["saving"] = _axis(
+        "saving", [list(range(world_size))], rank, {}, backend="gloo", timeout=SAVE_TIMEOUT
+    )
     return Mesh(
         rank=rank,
         world_size=world_size,
@@ -214,19 +237,25 @@ def init_mesh(cfg: ParallelConfig, device_type: str, *, pool_groups: int = 1, ov
 
 def one_process(device: torch.device) -> Mesh:
     """The mesh of a process that runs alone, whatever the launcher's variables say."""
-    names = ("pp", "dp", "cp", "tp", "edp", "ep", "etp", "data", "stage", "exchange", "world")
+    names = ("pp", "dp", "cp", "tp", "edp", "ep", "etp", "data", "stage", "exchange", "world", "saving")
     axes: dict[str, Any] = {name: Axis(name, 0, (0,)) for name in (*names, "exchange_back", "etp_back")}
     return Mesh(rank=0, world_size=1, device=device, **axes)
 
 
-def _axis(name: str, lines: list[list[int]], rank: int, groups: dict[str, dist.ProcessGroup]) -> Axis:
-    """This rank's line of an axis; equal sets of lines share their process groups."""
+def _axis(
+    name: str, lines: list[list[int]], rank: int, groups: dict[str, dist.ProcessGroup], **options: Any
+) -> Axis:
+    """This rank's line of an axis; equal sets of lines share their process groups.
+
+    Args:
+        options: of new groups, if not the job's.
+    """
     mine = next(line for line in lines if rank in line)
     if len(mine) == 1:
         return Axis(name, 0, tuple(mine))
     key = str(lines)
     if key not in groups:
-        groups[key], _ = dist.new_subgroups_by_enumeration(lines, group_desc=name)
+        groups[key], _ = dist.new_subgroups_by_enumeration(lines, group_desc=name, **options)
     return Axis(name, mine.index(rank), tuple(mine), groups[key])
 
 

@@ -25,10 +25,10 @@ from model.router import Router
 from model.transformer import Transformer
 from parallel.apply import build_parts, parallelize
 from parallel.collectives import from_leader
-from parallel.mesh import Mesh
+from parallel.mesh import Mesh, launcher_grace_s
 from parallel.pipeline import Pipeline, SingleStage
 from parallel.placement import Shard
-from train.checkpoint import Change, Resume
+from train.checkpoint import Change, Resume, SaveMode, own_boxes
 from train.config import ConfigError, Device, Precision, RunConfig, user_errors
 from train.health import Health
 from train.integrity import StateGuard
@@ -37,6 +37,7 @@ from train.metrics import MetricsWriter
 from train.optimizer import build_optimizer
 from train.resume import NoCheckpointError, Start, load_checkpoint, load_weights, set_results_aside
 from train.rewind import skipped_steps
+from train.saving import Saver
 from train.signals import StoppedEarly, StopRequest
 from train.stages import Stage, naming, stage_of, tokens_at, total_steps
 from train.watchdog import Watchdog
@@ -104,6 +105,7 @@ class Run:
     watchdog: Watchdog
     metrics: MetricsWriter | None
     """Rank 0 only."""
+    saver: Saver
 
     @property
     def cfg(self) -> RunConfig:
@@ -182,9 +184,14 @@ def build_run(
             step=progress.step,
         )
         metrics.start_wandb(cfg.wandb, name=cfg.name, run_dir=run_dir, config=asdict(cfg))
+    saver = Saver(
+        run_dir / "checkpoints", cfg.checkpoint, mesh.saving, step=progress.step, grace_s=launcher_grace_s()
+    )
+    if cfg.checkpoint.mode is SaveMode["async"] and cfg.checkpoint.every is not None:
+        saver.reserve(own_boxes(shards, optimizer, biases, mesh))
     return Run(
         stages, stage, mesh, parts, engine, shards, optimizer, loader, held_out, biases, progress, health,
-        guard, stop, watchdog, metrics,
+        guard, stop, watchdog, metrics, saver,
     )  # fmt: skip
 
 

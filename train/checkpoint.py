@@ -3,27 +3,21 @@
 Invariant: weights, both moments, clocks and data position of one step, under names that know no layout.
 """
 
-import json
-import logging
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from parallel.collectives import barrier, gather_texts
 from parallel.mesh import Mesh
 from parallel.placement import Shard
 from train.optimizer import moments
 from train.restore import Verify
-from train.storage import Box, Written, checkpoints_in, commit, write_shard
-
-log = logging.getLogger(__name__)
+from train.storage import Box
 
 
 class Resume(StrEnum):
@@ -43,6 +37,10 @@ class Change(StrEnum):
     """What is read: weights of the sources, packing, seed; other datasets begin at their start."""
 
 
+SaveMode = StrEnum("SaveMode", {"sync": "sync", "async": "async"})
+"""Whether training waits until a checkpoint is safe, or only until the state is copied to host memory."""
+
+
 @dataclass(kw_only=True)
 class CheckpointConfig:
     """When to save and whether to go on."""
@@ -50,7 +48,12 @@ class CheckpointConfig:
     every: int | None = None
     """Steps between checkpoints; null = at the end only (a stopped run always saves)."""
     keep: int | None = 2
-    """Checkpoints that stay; null = all."""
+    """Newest checkpoints that stay; null = all."""
+    keep_every: int | None = None
+    """Checkpoints of steps that this divides stay for ever; null = none does."""
+    mode: SaveMode = SaveMode.sync
+    """sync: training waits for the disk; async: only until the state is copied to host memory, which must
+    hold it twice with optimizer.offload=cpu. The last save of a start is always sync."""
     resume: Resume = Resume.auto
     """auto: from the newest, if any; must: or fail; never: start afresh, set older results aside."""
     verify: Verify = Verify.hash
@@ -64,47 +67,22 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for key in ("every", "keep"):
+        for key in ("every", "keep", "keep_every"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise ValueError(f"checkpoint.{key}={value} must be at least 1, or null")
 
 
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    *,
-    shards: Sequence[Shard],
-    optimizer: torch.optim.Optimizer,
-    biases: Mapping[str, Tensor],
-    mesh: Mesh,
-    facts: Mapping[str, Any],
-    keep: int | None,
-) -> Path:
-    """Write `checkpoints/step-N` together with the other ranks, then remove what `keep` no longer covers.
+def own_boxes(
+    shards: Sequence[Shard], optimizer: torch.optim.Optimizer, biases: Mapping[str, Tensor], mesh: Mesh
+) -> dict[str, Box]:
+    """What this rank writes: of all that ranks hold alike, the first of them.
 
     Args:
         biases: of the routers, the same on all ranks of a stage.
-        facts: JSON values for the manifest: progress, data position, configuration.
     """
-    root = run_dir / "checkpoints"
-    temporary, final = root / f".tmp-step-{step}", root / f"step-{step}"
-    if mesh.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier(mesh.world)
     mine = [shard for shard in shards if shard.is_first]
-    written = write_shard(
-        temporary, mesh.rank, state_boxes(mine, optimizer, {} if mesh.stage.rank else biases)
-    )
-    reports = gather_texts(json.dumps(written), mesh.world)
-    if mesh.rank == 0:
-        files = [Written(*json.loads(report)) for report in reports]
-        commit(temporary, final, files, {"step": step, "git_commit": _git_commit(), **facts})
-        for _, path in list(checkpoints_in(root))[keep:] if keep else []:
-            shutil.rmtree(path)
-    barrier(mesh.world)
-    return final
+    return state_boxes(mine, optimizer, {} if mesh.stage.rank else biases)
 
 
 def state_boxes(
@@ -119,7 +97,9 @@ def state_boxes(
     return boxes | {key: Box(bias, tuple(bias.shape), (0,)) for key, bias in biases.items()}
 
 
-def _git_commit() -> str | None:
+@cache
+def git_commit() -> str | None:
+    """Of this program; None where it is no git checkout."""
     root = Path(__file__).resolve().parents[1]
     try:
         found = subprocess.run(

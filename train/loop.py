@@ -11,8 +11,9 @@ from data.mixture import ExhaustedError
 from data.packing import Batch
 from model.flops import training_flops_per_token
 from train.build import Run, count_data, enter_stage
-from train.checkpoint import save_checkpoint
+from train.checkpoint import SaveMode, git_commit, own_boxes
 from train.config import ConfigError, user_errors
+from train.dashboards import Alert
 from train.expert_counts import read_counts
 from train.integrity import DamagedStateError
 from train.metrics import Throughput, peak_flops
@@ -53,6 +54,7 @@ def _to_the_end(run: Run) -> tuple[Ending, str]:
         with run.watchdog.section(f"step {number}", limits.step_timeout_s), tracer.step(number):
             batches = next_batches(run)
             result = train_step(run, batches)
+        report(run, run.saver.read_failures())
         recorder.observe(batches, result)
         cfg, step, last = run.cfg, progress.step, progress.step >= end
         following = stage_of(run.stages, step)
@@ -74,7 +76,9 @@ def _to_the_end(run: Run) -> tuple[Ending, str]:
                 recorder.throughput.paused(),
                 run.watchdog.section("checkpoint", limits.checkpoint_timeout_s),
             ):
-                save(run)
+                failures = save(run, SaveMode.sync if last or result.stop or moves else cfg.checkpoint.mode)
+            if failures and (last or result.stop or moves):
+                return Ending.FAILED, failures[-1]
         if last:
             return Ending.DONE, "train.steps reached"
         if result.stop:
@@ -99,12 +103,13 @@ def next_batches(run: Run) -> list[Batch]:
     except ConfigError as error:
         if not isinstance(error.__cause__, ExhaustedError) or not run.progress.step:
             raise
-        save(run)
-        raise ConfigError(f"{error}; step {run.progress.step} is saved") from error
+        failures = save(run, SaveMode.sync)
+        outcome = failures[-1] if failures else f"step {run.progress.step} is saved"
+        raise ConfigError(f"{error}; {outcome}") from error
 
 
-def save(run: Run) -> None:
-    """Save weights, moments, clocks and data position of this step.
+def save(run: Run, mode: SaveMode) -> list[str]:
+    """Save weights, moments, clocks and data position of this step; what failed by now, said already.
 
     Raises:
         DamagedStateError: on every rank, if weights or moments changed since the update.
@@ -112,23 +117,27 @@ def save(run: Run) -> None:
     run.guard.check()
     data = count_data(run)
     facts = {
+        "step": run.progress.step,
+        "git_commit": git_commit(),
         "progress": asdict(run.progress),
         "data": data,
         "health": run.health.state_dict(),
         "config": asdict(run.cfg),
         "torch": torch.__version__,
     }
-    path = save_checkpoint(
-        run.run_dir,
-        run.progress.step,
-        shards=run.shards,
-        optimizer=run.optimizer,
-        biases=run.biases,
-        mesh=run.mesh,
-        facts=facts,
-        keep=run.cfg.checkpoint.keep,
-    )
-    log.info("saved %s", path)
+    boxes = own_boxes(run.shards, run.optimizer, run.biases, run.mesh)
+    run.saver.save(run.progress.step, boxes, facts, mode)
+    failures = run.saver.read_failures()
+    report(run, failures)
+    return failures if mode is SaveMode.sync and run.saver.saved_step != run.progress.step else []
+
+
+def report(run: Run, failures: Sequence[str]) -> None:
+    """Say which saves failed: on rank 0, all ranks know the same."""
+    if run.metrics is not None:
+        for failure in failures:
+            log.error("%s", failure)
+            run.metrics.alert(Alert("Checkpoint failed", failure))
 
 
 class Recorder:
@@ -184,6 +193,8 @@ class Recorder:
             "spike_score": self.spike_score,
             "padding": counts.padding_fraction,
             "truncated_tokens": counts.truncated_tokens,
+            "checkpoint_seconds": run.saver.read_stall_s(),
+            "checkpoint_age_steps": progress.step - run.saver.saved_step,
             "data_wait_ms": 1000 * run.loader.read_wait_seconds() / self.steps,
             **experts.summary(),
         }

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from train.dashboards import Dashboard, ExpertWatch, WandbConfig
+from train.dashboards import Alert, Dashboard, ExpertWatch, WandbConfig
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +115,12 @@ class MetricsWriter:
             self.dashboard.write(record, experts)
         for alert in self.watch.feed(record, experts):
             log.warning("%s at %s", alert.title, alert.text)
-            if self.dashboard is not None:
-                self.dashboard.alert(alert)
+            self.alert(alert)
+
+    def alert(self, alert: Alert) -> None:
+        """Pass an alert on to wandb."""
+        if self.dashboard is not None:
+            self.dashboard.alert(alert)
 
     def close(self) -> None:
         """End the live display and the wandb run."""

@@ -49,6 +49,7 @@ from train.resume import NoCheckpointError, choose_start, saved_model
 from train.rewind import set_newer_aside
 from train.signals import EXIT_CODES, Ending, StoppedEarly, StopRequest, clear_sentinels, write_sentinel
 from train.stages import build_stages, stage_of, validate_stages
+from train.storage import sweep
 from train.watchdog import Watchdog
 
 
@@ -75,6 +76,8 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
         lock = take_lock(run_dir, launch_name(), slurm_job()) if leader else RunLock(None, "")
         stages = build_stages(cfg)
         validate_stages(stages, launched_world_size())
+        if leader and not lock.holder:
+            sweep(run_dir / "checkpoints")  # before any rank looks there: they wait for the lock's answer
         device = device_type(cfg.train.device)
         stop = StopRequest().install()
         set_determinism(cfg.train.deterministic)
@@ -100,6 +103,7 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
         with watchdog.section("setup", cfg.health.setup_timeout_s):
             run = build_run(stages, stage, start, mesh, stop, watchdog, console)
         ending, reason = train(run)
+        run.saver.wait()
     except StoppedEarly as early:
         return end_early(run_dir, str(early))
     except (ConfigError, NoCheckpointError) as error:

@@ -1,11 +1,13 @@
 """Checkpoint folders: one safetensors file a rank, and a JSON manifest that says which box lies where.
 
 A folder is written beside its final name and renamed when complete; without a manifest it is no checkpoint.
-train/restore.py reads it.
+Names with a dot are leftovers, which the next start removes. train/restore.py reads checkpoints.
 """
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +17,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from train.tensor_file import CODES, FileFacts, Form, TensorFileWriter, by_alignment
+from train.tensor_file import CODES, FileFacts, Form, TensorFileWriter, by_alignment, file_size, naming
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -71,17 +75,45 @@ def forms_of(boxes: Mapping[str, Box]) -> dict[str, Form]:
     return {name: Form(box.tensor.dtype, tuple(box.tensor.shape)) for name, box in boxes.items()}
 
 
+def failpoint(name: str) -> None:
+    """A place in the writing of a checkpoint where a test may let a process die or meet an error."""
+
+
 def write_shard(folder: Path, rank: int, boxes: Mapping[str, Box]) -> Written:
-    """Write this rank's boxes into `folder`, durably, one tensor at a time on the host; what was written."""
-    forms = forms_of(boxes)
-    with TensorFileWriter(folder / file_name(rank), forms) as writer:
-        for name in by_alignment(forms):
-            writer.write(boxes[name].tensor.detach().cpu())
+    """Write this rank's boxes into `folder`, durably, one tensor at a time on the host; what was written.
+
+    Raises:
+        OSError: the disk is full (how much is missing), or what else it says; names the file.
+    """
+    forms, path = forms_of(boxes), folder / file_name(rank)
+    try:
+        with TensorFileWriter(path, forms) as writer:
+            for name in by_alignment(forms):
+                writer.write(boxes[name].tensor.detach().cpu())
+                failpoint("mid_shard")
+        failpoint("after_shard")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        held = path.stat().st_size if path.exists() else 0
+        need, have = file_size(forms), free_bytes(folder) + held
+        raise OSError(error.errno, no_room(need, have), str(path)) from error
     parts = {
         name: Part(CODES[box.tensor.dtype], box.shape, box.offset, forms[name].shape)
         for name, box in boxes.items()
     }
     return Written(*writer.facts, parts)
+
+
+def free_bytes(folder: Path) -> int:
+    """What may still be written to the folder's file system; quotas are not seen."""
+    facts = os.statvfs(folder)
+    return facts.f_bavail * facts.f_frsize
+
+
+def no_room(need: int, have: int) -> str:
+    """What a full disk means."""
+    return f"No space left: need {need / 2**30:.3g} GiB, have {have / 2**30:.3g}"
 
 
 def measure(path: Path) -> FileFacts:
@@ -100,15 +132,51 @@ def commit(folder: Path, final: Path, files: Sequence[Written], facts: Mapping[s
     known = {file_name(n): {"size": file.size, "sha256": file.sha256} for n, file in enumerate(files)}
     manifest = {"format": FORMAT, **facts, "files": known, "tensors": tensors}
     text = json.dumps({**manifest, "checksum": checksum(manifest)}, indent=1)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    _sync(folder / MANIFEST)
+    with naming(folder / MANIFEST):
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        _sync(folder / MANIFEST)
+    failpoint("manifest_written")
     _sync(folder)
-    old = final.with_name(f".trash-{final.name}")
-    if final.exists():
-        final.rename(old)
+    if final.exists():  # until the new one has the name, `sweep` gives it back to the old one
+        final.rename(final.with_name(f".old-{final.name}"))
+    failpoint("before_rename")
     folder.rename(final)
+    failpoint("after_rename")
     _sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    discard(final.with_name(f".old-{final.name}"))
+
+
+def retire(root: Path, *, keep: int | None, keep_every: int | None) -> None:
+    """Remove what is neither one of the newest `keep` (None = all) nor a multiple of `keep_every` steps.
+
+    A folder loses its name first: there is no moment at which half of a checkpoint bears one.
+    """
+    for step, path in list(checkpoints_in(root))[keep:] if keep else []:
+        if keep_every is None or step % keep_every:
+            trash = path.rename(path.with_name(f".trash-{path.name}"))
+            failpoint("mid_retention")
+            discard(trash)
+
+
+def sweep(root: Path) -> None:
+    """Remove what a killed job left; give its name back to a checkpoint that was being replaced."""
+    for path in root.glob(".old-step-*"):
+        final = path.with_name(path.name.removeprefix(".old-"))
+        if not final.exists():
+            path.rename(final)
+    for pattern in (".old-step-*", ".tmp-step-*", ".trash-step-*"):
+        for path in root.glob(pattern):
+            log.info("removing %s, left by an earlier start", path)
+            discard(path)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, if it is there; what cannot be removed is a warning, the next start tries again."""
+    if folder.exists():
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            log.warning("%s: not removed: %s", folder, error)
 
 
 def checksum(manifest: Mapping[str, Any]) -> str:

@@ -68,6 +68,20 @@ def header_bytes(forms: Mapping[str, Form], metadata: Mapping[str, str] | None =
     return len(text).to_bytes(8, "little") + text
 
 
+def file_size(forms: Mapping[str, Form]) -> int:
+    """Bytes of a file of these tensors."""
+    return len(header_bytes(forms)) + sum(form.size for form in forms.values())
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the disk in here name the file: what a write reports says nothing of where."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 class TensorFileWriter:
     """One new file; tensors are given one after the other in the order of `by_alignment`, whole or in pieces.
 
@@ -83,9 +97,7 @@ class TensorFileWriter:
         """Bytes of the whole file."""
         self.written = 0
         """Bytes so far."""
-        self._file = path.open(
-            "xb", buffering=0
-        )  # whole chunks come, and closing has nothing left to fail at
+        self._file = path.open("xb", buffering=0)  # chunks are large, and closing cannot fail
         self.write(header)
 
     def write(self, data: Tensor | bytes | memoryview) -> None:
@@ -99,7 +111,7 @@ class TensorFileWriter:
             chunk = view[first : first + CHUNK]
             self._hash.update(chunk)
             while chunk:  # a disk that is almost full takes a part
-                with self._naming_the_file():
+                with naming(self.path):
                     taken = self._file.write(chunk)
                 self.written += taken
                 chunk = chunk[taken:]
@@ -113,16 +125,8 @@ class TensorFileWriter:
         with self._file:
             if error is None:
                 assert self.written == self.size, f"{self.path}: {self.written} bytes of {self.size}"
-                with self._naming_the_file():
+                with naming(self.path):
                     os.fsync(self._file.fileno())
-
-    @contextmanager
-    def _naming_the_file(self) -> Iterator[None]:
-        """What a write reports says nothing of where."""
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     @property
     def facts(self) -> FileFacts:

@@ -503,10 +503,10 @@ def share_groups() -> None:
     make = dist.new_subgroups_by_enumeration
     made: dict[str, Any] = {}
 
-    def reuse(lines: list[list[int]], group_desc: str) -> Any:
-        key = str(lines)
+    def reuse(lines: list[list[int]], *, group_desc: str, **options: Any) -> Any:
+        key = str((lines, options))
         if key not in made:
-            made[key] = make(lines, group_desc=group_desc)
+            made[key] = make(lines, group_desc=group_desc, **options)
         return made[key]
 
     dist.new_subgroups_by_enumeration = reuse
