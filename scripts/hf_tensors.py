@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from scripts.hf_config import ConversionError
 from train.tensor_file import CODES
 
-CHUNK = 2**24
+CHUNK = 2**22
 """Bytes held at once."""
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 INDEX = "model.safetensors.index.json"

@@ -186,7 +186,7 @@ def checksum(manifest: Mapping[str, Any]) -> str:
 
 def checkpoints_in(folder: Path) -> Iterator[tuple[int, Path]]:
     """(step, path) of the complete checkpoints under a folder, newest first."""
-    found = [(int(path.name[5:]), path) for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    found = [(int(path.name[5:]), path) for path in folder.glob("step-*") if path.name[5:].isdecimal()]
     yield from sorted(((step, path) for step, path in found if (path / MANIFEST).is_file()), reverse=True)
 
 

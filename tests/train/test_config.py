@@ -9,7 +9,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -203,6 +203,7 @@ def config_template() -> RunConfig:
     return config("conf=debug")
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(
     row_tokens=st.integers(1, 64),
     micro_rows=st.integers(1, 5),
