@@ -184,6 +184,7 @@ def build_run(
             step=progress.step,
         )
         metrics.start_wandb(cfg.wandb, name=cfg.name, run_dir=run_dir, config=asdict(cfg))
+        metrics.start_tensorboard(cfg.tensorboard, run_dir=run_dir, step=progress.step)
     saver = Saver(
         run_dir / "checkpoints", cfg.checkpoint, mesh.saving, step=progress.step, grace_s=launcher_grace_s()
     )

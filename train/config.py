@@ -25,6 +25,7 @@ from parallel.config import MoEConfig, ParallelConfig, Recompute
 from train.checkpoint import CheckpointConfig, Resume
 from train.curriculum import StageConfig
 from train.dashboards import WandbConfig
+from train.event_files import TensorboardConfig
 from train.health import HealthConfig, Rerun
 from train.layout import check_layout
 from train.metrics import LogConfig
@@ -131,6 +132,7 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: TensorboardConfig = field(default_factory=TensorboardConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def num_micro_batches(self, dp: int) -> int:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from train.dashboards import Alert, Dashboard, ExpertWatch, WandbConfig
+from train.event_files import EventFiles, TensorboardConfig
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def _is_record(line: bytes, step: int) -> bool:
 
 
 class MetricsWriter:
-    """Sends records to the files, the console and wandb, and alerts to the last two."""
+    """Sends records to the files, the console, wandb and TensorBoard, and alerts to console and wandb."""
 
     def __init__(
         self, run_dir: Path, *, log_config: LogConfig, console: Console, total_steps: int, step: int
@@ -88,6 +89,7 @@ class MetricsWriter:
             truncate_records(path, step)
         self.watch = ExpertWatch(dead_after=log_config.dead_after, max_drop_rate=log_config.max_drop_rate)
         self.dashboard: Dashboard | None = None
+        self.events: EventFiles | None = None
         self.progress = _progress_bar(console) if console.is_terminal else None
         if self.progress is not None:
             self.task = self.progress.add_task("training", total=total_steps, completed=step, text="")
@@ -96,6 +98,10 @@ class MetricsWriter:
     def start_wandb(self, cfg: WandbConfig, *, name: str, run_dir: Path, config: Mapping[str, Any]) -> None:
         """Open the wandb run, the same one after a resume; a failure is a warning."""
         self.dashboard = Dashboard(cfg, name=name, run_dir=run_dir, config=config)
+
+    def start_tensorboard(self, cfg: TensorboardConfig, *, run_dir: Path, step: int) -> None:
+        """Go on with the event files after `step`; a failure is a warning."""
+        self.events = EventFiles(cfg, run_dir, step)
 
     def advance(self, step: int) -> None:
         """Move the live display."""
@@ -113,6 +119,8 @@ class MetricsWriter:
             self.progress.update(self.task, text=f"loss {record['loss']:.4f}")
         if self.dashboard is not None:
             self.dashboard.write(record, experts)
+        if self.events is not None:
+            self.events.write(record, experts)
         for alert in self.watch.feed(record, experts):
             log.warning("%s at %s", alert.title, alert.text)
             self.alert(alert)
@@ -123,11 +131,13 @@ class MetricsWriter:
             self.dashboard.alert(alert)
 
     def close(self) -> None:
-        """End the live display and the wandb run."""
+        """End the live display, the wandb run and TensorBoard's files."""
         if self.progress is not None:
             self.progress.stop()
         if self.dashboard is not None:
             self.dashboard.close()
+        if self.events is not None:
+            self.events.close()
 
 
 def console_line(record: Mapping[str, Any]) -> str:

@@ -1,0 +1,68 @@
+"""TensorBoard's event files, an option: `tensorboard --logdir RUN_DIR/tensorboard`; rank 0 only."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.dashboards import LOAD_LIMIT, expert_values, heat_map, load_share
+
+log = logging.getLogger(__name__)
+
+
+class TensorboardMode(StrEnum):
+    """Whether event files are written."""
+
+    files = "files"
+    disabled = "disabled"
+
+
+@dataclass(kw_only=True)
+class TensorboardConfig:
+    """TensorBoard, from rank 0 only."""
+
+    mode: TensorboardMode = TensorboardMode.disabled
+    """files: RUN_DIR/tensorboard, with the figures that wandb has; needs the package tensorboard."""
+
+
+class EventFiles:
+    """The event files of one run; the first failure ends them with a warning, as training goes on."""
+
+    def __init__(self, cfg: TensorboardConfig, run_dir: Path, step: int) -> None:
+        """Go on after `step`: what an earlier start wrote of later steps is not shown."""
+        self.writer: Any = None
+        if cfg.mode is TensorboardMode.disabled:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
+        except (ImportError, OSError) as error:
+            log.warning(
+                "tensorboard.mode=files is off: %s; pip install tensorboard, or set it to disabled", error
+            )
+
+    def write(self, record: Mapping[str, Any], experts: Mapping[str, Any]) -> None:
+        """Write one record: its numbers under `train/`, expert figures and a map of loads under `moe/`."""
+        if self.writer is None:
+            return
+        step = record["step"]
+        values = {f"train/{key}": value for key, value in record.items() if value is not None}
+        picture = heat_map(load_share(np.array(experts["load"], dtype=float)), centre=1, limit=LOAD_LIMIT)
+        try:
+            for key, value in (values | expert_values(record, experts)).items():
+                self.writer.add_scalar(key, value, step)
+            self.writer.add_image("moe/load_map", np.asarray(picture), step, dataformats="HWC")
+            self.writer.flush()
+        except OSError as error:
+            log.warning("tensorboard is off, step %d failed: %s", step, error)
+            self.writer = None
+
+    def close(self) -> None:
+        """End the files."""
+        if self.writer is not None:
+            self.writer.close()
