@@ -55,6 +55,10 @@ class HealthConfig:
     """Steps between hashes of weights and moments, each checked before the next update or save; null = never.
     1 covers all the time between updates, N an N-th of it."""
 
+    slow_score: float | None = 0.75
+    """A rank is reported whose own time in a section of the step is above the median of its pipeline stage by
+    more than 1 / this; null = nobody looks."""
+
     setup_timeout_s: float | None = None
     """Seconds from the ranks' meeting to the first step at which a rank counts as hung and ends the job with
     code 75; null = never. Text that is still to be tokenized counts."""
@@ -71,6 +75,10 @@ class HealthConfig:
             raise ValueError(f"health.window={self.window} must be at least 4")
         if self.spike_sigmas <= 0:
             raise ValueError(f"health.spike_sigmas={self.spike_sigmas} must be above 0")
+        if self.slow_score is not None and not 0 < self.slow_score < 1:
+            raise ValueError(
+                f"health.slow_score={self.slow_score} must lie between 0 and 1, or null = nobody looks"
+            )
         if self.hash_every is not None and self.hash_every < 1:
             raise ValueError(f"health.hash_every={self.hash_every} must be at least 1, or null = never")
         for key in ("setup_timeout_s", "step_timeout_s", "eval_timeout_s", "checkpoint_timeout_s"):

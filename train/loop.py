@@ -20,6 +20,7 @@ from train.metrics import Throughput, peak_flops
 from train.signals import Ending
 from train.stages import stage_of, total_steps
 from train.step import StepResult, evaluate, train_step
+from train.stragglers import SectionClock, find_slow, gather_times
 from train.tracing import Tracer
 
 log = logging.getLogger(__name__)
@@ -148,6 +149,7 @@ class Recorder:
         self.throughput = Throughput(run.progress.tokens)
         self.squares = self.lengths = self.skipped = self.steps = 0
         self.spike_score: float | None = None
+        self.clock = None if run.cfg.health.slow_score is None else SectionClock()
 
     def observe(self, batches: Sequence[Batch], result: StepResult) -> None:
         """Note what a step did, and its document lengths: attention's work depends on them."""
@@ -196,6 +198,7 @@ class Recorder:
             "checkpoint_seconds": run.saver.read_stall_s(),
             "checkpoint_age_steps": progress.step - run.saver.saved_step,
             "data_wait_ms": 1000 * run.loader.read_wait_seconds() / self.steps,
+            "slow_score": self.report_slow(),
             **experts.summary(),
         }
         if eval_loss is not None:
@@ -204,3 +207,13 @@ class Recorder:
             run.metrics.write(record, {"step": progress.step, **experts.record()})
         self.squares = self.lengths = self.skipped = self.steps = 0
         self.spike_score = None
+
+    def report_slow(self) -> float | None:
+        """Say which ranks keep the others waiting; the lowest score, 1 = none does, None = nobody looked."""
+        limit, mesh = self.run.cfg.health.slow_score, self.run.mesh
+        if self.clock is None or limit is None:
+            return None
+        slow = find_slow(gather_times(self.clock.read(), mesh), stages=mesh.pp.size, limit=limit)
+        for one in slow if self.run.metrics is not None else []:
+            log.warning("step %d: rank %d is slow in %s: score %.2f", self.run.progress.step, *one)
+        return min((one.score for one in slow), default=1.0)

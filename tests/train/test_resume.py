@@ -17,7 +17,7 @@ from tests.train.test_pretrain import lines, tensors
 from train.build import Run
 from train.step import StepResult
 
-CLOCKS = {"tokens_per_second", "data_wait_ms"}
+CLOCKS = {"tokens_per_second", "data_wait_ms", "slow_score"}
 """What a record says of the machine, not of the run."""
 FAULTS = pytest.mark.faults
 CASES = [

@@ -1,0 +1,64 @@
+"""R16: the rank that keeps the others waiting is named, with the section."""
+
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.forked import run_forked
+from tests.train.test_pretrain import lines
+from train.health import HealthConfig
+from train.stragglers import NAMES, Slow, find_slow
+
+WHERE = {
+    "data": ("data.prefetch", "Prefetcher", "next_step"),
+    "forward and backward": ("model.transformer", "Block", "forward"),
+}
+
+
+@pytest.mark.parametrize("section", WHERE)
+def test_the_slow_rank_and_section_are_named(section: str, license_corpus: Path, tmp_path: Path) -> None:
+    """Rank 2 of 3 sleeps 0.4 s a step, in the forward pass a quarter of it in each block."""
+    module, owner, name = WHERE[section]
+
+    def fault(rank: int) -> None:
+        if rank == 2:
+            kind = getattr(import_module(module), owner)
+            real, pause = getattr(kind, name), 0.4 if section == "data" else 0.1
+
+            def late(self: Any, *args: Any, **kwargs: Any) -> Any:
+                time.sleep(pause)
+                return real(self, *args, **kwargs)
+
+            setattr(kind, name, late)
+
+    ended = run_forked(
+        tmp_path, f"data.sources=[{{path: {license_corpus}}}]", "train.steps=4", "log.every=4",
+        "batch.global_tokens=768", processes=3, fault=fault,
+    )  # fmt: skip
+    assert ended.codes == [0, 0, 0], ended.said
+    last = lines(tmp_path)[-1]
+    assert last["step"] == 4 and last["slow_score"] < 0.75
+    assert f"step 4: rank 2 is slow in {section}: score " in ended.said[0]
+    assert not any("is slow in" in said for said in ended.said[1:])
+
+
+def test_scores_compare_ranks_of_a_stage() -> None:
+    """Stages have other work; what is less than a twentieth of the time is noise."""
+    first, second = [0.1, 1.0, 0.2, 2.0], [0.1, 4.0, 0.2, 5.0]
+    assert len(first) == len(NAMES) + 1
+    assert find_slow([first, first, second, second], stages=2, limit=0.75) == []
+    late = [0.1, 2.0, 0.2, 3.0]
+    found = find_slow([first, first, late, second, second, second], stages=2, limit=0.75)
+    assert found == [Slow(2, "forward and backward", 0.5)]
+    noisy = [0.1, 1.0, 0.29, 2.0]
+    assert find_slow([first, first, noisy], stages=1, limit=0.75) == []
+    assert find_slow([second], stages=1, limit=0.75) == []
+
+
+@pytest.mark.parametrize("score", [0, 1, -0.5])
+def test_the_limit_is_checked(score: float) -> None:
+    with pytest.raises(ValueError, match=r"health.slow_score=.* must lie between 0 and 1"):
+        HealthConfig(slow_score=score)
