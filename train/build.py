@@ -174,17 +174,7 @@ def build_run(
     elif start.initial is not None:
         load_weights(start.initial, shards=shards, biases=biases, world=mesh.world)
         log.info("weights are those of %s", start.initial.folder)
-    metrics = None
-    if mesh.rank == 0:
-        metrics = MetricsWriter(
-            run_dir,
-            log_config=cfg.log,
-            console=console,
-            total_steps=total_steps(stages),
-            step=progress.step,
-        )
-        metrics.start_wandb(cfg.wandb, name=cfg.name, run_dir=run_dir, config=asdict(cfg))
-        metrics.start_tensorboard(cfg.tensorboard, run_dir=run_dir, step=progress.step)
+    metrics = build_metrics(stages, cfg, progress.step, console) if mesh.rank == 0 else None
     saver = Saver(
         run_dir / "checkpoints", cfg.checkpoint, mesh.saving, step=progress.step, grace_s=launcher_grace_s()
     )
@@ -194,6 +184,17 @@ def build_run(
         stages, stage, mesh, parts, engine, shards, optimizer, loader, held_out, biases, progress, health,
         guard, stop, watchdog, metrics, saver,
     )  # fmt: skip
+
+
+def build_metrics(stages: list[Stage], cfg: RunConfig, step: int, console: Console) -> MetricsWriter:
+    """Where rank 0 writes its records after `step`."""
+    run_dir = Path(cfg.run_dir)
+    metrics = MetricsWriter(
+        run_dir, log_config=cfg.log, console=console, total_steps=total_steps(stages), step=step
+    )
+    metrics.start_wandb(cfg.wandb, name=cfg.name, run_dir=run_dir, config=asdict(cfg))
+    metrics.start_tensorboard(cfg.tensorboard, run_dir=run_dir, step=step)
+    return metrics
 
 
 def restore_clocks(manifest: Manifest, loader: Prefetcher, health: Health, cfg: RunConfig) -> RunProgress:

@@ -23,7 +23,7 @@ RULES: list[tuple[str, str | None]] = [  # of the key; the first that matches ho
     (r"optimizer\.offload", None),
     (r"optimizer\..*|router\..*|batch\.(row_tokens|global_tokens)", Change.optimizer),
     (r"data\.(cache_dir|tokenizer|window)", None),
-    (r"data\.sources\.\d+\.(path|dataset|split|text_key|max_documents)", None),  # fingerprints tell more
+    (r"data\.sources\.\d+\.(path|dataset|split|text_key|max_documents|max_epochs)", None),
     (r"data\..*|seed", Change.data),
     (r"curriculum\.\d+\.rope_theta", MODEL),
     (r"curriculum\.\d+\.(lr|lr_end|lr_shape|tokens|row_tokens|global_tokens)", Change.optimizer),
