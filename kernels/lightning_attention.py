@@ -312,7 +312,7 @@ def _launch_scan(
     states_only: bool = False,
     reverse: bool = False,
 ) -> None:
-    """x, y, z, out of one direction; `final` gets the states after each segment, or after the only one."""
+    """x, y, z, out of one direction; `final` gets the state after each segment."""
     x, y, z, out = tensors
     grid = (layout.blocks, layout.segments, x.shape[0] * x.shape[2])
     _scan_kernel[grid](

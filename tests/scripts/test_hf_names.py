@@ -153,7 +153,8 @@ def test_slopes_of_another_rule_are_refused(rule: str, heads: int, layout: str, 
 
 def test_slopes_that_agree_are_not_refused() -> None:
     cfg = read_config(TEXT_01, "").model  # 64 heads, 80 layers: 1.3e-7
-    write_config(cfg, Layout.transformers, dtype="", carried={})
+    config, _ = write_config(cfg, Layout.transformers, dtype="", carried={})
+    assert config["model_type"] == "minimax"
 
 
 @pytest.mark.parametrize(

@@ -274,13 +274,15 @@ def test_stages_ahead_may_change(tmp_path: Path) -> None:
         assert (f"curriculum.{number}.weights" in said) == refused
 
 
-def test_fields_of_another_version_are_no_change(tmp_path: Path) -> None:
+def test_fields_of_another_version_are_no_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     folder = saved(tmp_path, 3) / "step-3"
     cfg = json.loads(json.dumps(asdict(config("conf=debug", SOURCES))))
     del cfg["model"]["slope_rule"], cfg["health"]
     cfg["optimizer"]["gone"] = 1
     write(folder, {**content_of(folder), "config": cfg})
     judge_changes(read_manifest(folder), build_stages(config("conf=debug", SOURCES)), [])
+    assert "changed since" not in caplog.text
 
 
 def arguments(corpus: Path, run_dir: Path) -> list[str]:
