@@ -11,7 +11,7 @@ from collections import Counter
 
 from train.manifest import DTYPES, read_manifest, show
 from train.restore import verify
-from train.storage import MANIFEST, CheckpointError, checkpoints_in
+from train.storage import MANIFEST, CheckpointError, newest_in
 
 
 def main() -> int:
@@ -20,8 +20,7 @@ def main() -> int:
     parser.add_argument("action", choices=["inspect", "verify"])
     parser.add_argument("checkpoint", type=Path)
     arguments = parser.parse_args()
-    newest = next(checkpoints_in(arguments.checkpoint / "checkpoints"), None)
-    folder = arguments.checkpoint if newest is None else newest[1]
+    folder = newest_in(arguments.checkpoint)
     if not (folder / MANIFEST).exists():
         print(f"error: {folder}: no checkpoint, it has no {MANIFEST}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ from model.config import Balancing, LayerType, ModelConfig, RouterConfig, SlopeR
 from model.transformer import Transformer
 from train.manifest import Manifest, read_manifest
 from train.restore import read_boxes
-from train.storage import Box, CheckpointError, checkpoints_in
+from train.storage import Box, CheckpointError, newest_in
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -46,8 +46,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: there is none, or it names no model.
     """
-    newest = next(checkpoints_in(path / "checkpoints"), None)
-    folder = path if newest is None else newest[1]
+    folder = newest_in(path)
     manifest = read_manifest(folder)
     if "model" not in manifest.part("config"):
         raise CheckpointError(f"{folder}: its manifest has no config.model; save it again with this version")

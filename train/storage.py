@@ -190,6 +190,11 @@ def checkpoints_in(folder: Path) -> Iterator[tuple[int, Path]]:
     yield from sorted(((step, path) for step, path in found if (path / MANIFEST).is_file()), reverse=True)
 
 
+def newest_in(path: Path) -> Path:
+    """The newest checkpoint of a run directory; any other path is taken for a checkpoint itself."""
+    return next((folder for _, folder in checkpoints_in(path / "checkpoints")), path)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
