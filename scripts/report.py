@@ -7,6 +7,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # import from the reposi
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
@@ -23,6 +24,7 @@ STATUS = {
     "DONE": "finished",
     "": "running or interrupted",  # no sentinel file: kill -9 and a lost node leave none
 }
+MEASURED = ("loss", "eval_loss", "grad_norm")  # null where they were not finite: JSON has no NaN
 LATER_FIGURES = ("max_violation", "entropy", "aux_loss")  # of each layer; not in the lines of older runs
 
 
@@ -77,7 +79,7 @@ def parse_metrics(record: Any) -> dict[str, float | None]:
         rule = int if key in ("step", "tokens") else int | float | None
         if not isinstance(value, rule):
             raise ValueError(f"{key}={value!r} must be of type {getattr(rule, '__name__', rule)}")
-    return record
+    return {key: math.nan if key in MEASURED and value is None else value for key, value in record.items()}
 
 
 def parse_experts(record: Any) -> ExpertRow:

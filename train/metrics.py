@@ -5,6 +5,8 @@ Only rank 0 writes. A record is made from device values once an interval; nothin
 
 import json
 import logging
+import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -76,6 +78,35 @@ def _is_record(line: bytes, step: int) -> bool:
     return isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step
 
 
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one line of strict JSON, or nothing: null stands for what is not finite.
+
+    Raises:
+        OSError: the line did not fit or the file cannot be written; it ends with the line before.
+    """
+    line = (json.dumps(_without_nan(record), allow_nan=False) + "\n").encode()
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("ab", buffering=0) as file:
+            while line:
+                line = line[file.write(line) :]
+    except OSError:
+        if path.exists():
+            os.truncate(path, size)  # half a line would spoil the next one
+        raise
+
+
+def _without_nan(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {key: _without_nan(each) for key, each in value.items()}
+        case list():
+            return [_without_nan(each) for each in value]
+    return value
+
+
 class MetricsWriter:
     """Sends records to the files, the console, wandb and TensorBoard, and alerts to console and wandb."""
 
@@ -109,10 +140,12 @@ class MetricsWriter:
             self.progress.update(self.task, completed=step)
 
     def write(self, record: Mapping[str, Any], experts: Mapping[str, Any]) -> None:
-        """Write one record everywhere."""
+        """Write one record everywhere; what a disk does not take is missing there, and said."""
         for name, content in (("metrics", record), ("experts", experts)):
-            with self.files[name].open("a", encoding="utf-8") as file:
-                file.write(json.dumps(content) + "\n")
+            try:
+                append_record(self.files[name], content)
+            except OSError as error:
+                log.warning("%s: no record of step %d: %s", self.files[name], record["step"], error.strerror)
         text = console_line(record)
         log.info("%s", text)
         if self.progress is not None:

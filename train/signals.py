@@ -4,10 +4,13 @@ A signal only sets a flag; the ranks agree on it at the end of a step, so all of
 """
 
 import json
+import logging
 import signal
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
+
+log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -49,11 +52,17 @@ class StopRequest:
 
 
 def write_sentinel(run_dir: Path, ending: Ending, *, code: int, step: int | None, reason: str) -> None:
-    """Say in the run directory how the run ended; replaces what an earlier start said."""
-    clear_sentinels(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    """Say in the run directory how the run ended; replaces what an earlier start said.
+
+    A disk that does not take it changes neither the ending nor the code.
+    """
     text = json.dumps({"code": code, "step": step, "reason": reason})
-    (run_dir / ending).write_text(text + "\n", encoding="utf-8")
+    try:
+        clear_sentinels(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / ending).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        log.error("%s: not written: %s; it would say %s", run_dir / ending, error.strerror, text)
 
 
 def clear_sentinels(run_dir: Path) -> None:
