@@ -12,7 +12,7 @@ from data.prefetch import Prefetcher
 from tests.train.forked import Ended, run_forked
 from tests.train.record_rows import digest
 from tests.train.test_pretrain import column, ending, lines, tensors
-from train.rewind import RewindConfig, skipped_steps
+from train.rewind import RewindConfig, set_newer_aside, skipped_steps
 
 STEPS = 10
 REWIND = ("rewind.to=4", "rewind.skip=[6,8]")
@@ -143,6 +143,18 @@ def test_a_rewind_to_a_step_that_is_not_there_moves_nothing(
         and "has no step-4, but steps [1, 2, 3, 5" in facts["reason"]
     )
     assert saved(run_dir) == [1, 2, 3, 5, 6, 7, 8, 9, 10] and not list(run_dir.glob("previous-*"))
+
+
+def test_a_range_that_overlaps_an_earlier_one_is_refused_before_anything_moves(
+    runs: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(runs / "first", run_dir)
+    before = sorted(run_dir.rglob("*"))
+    problem = set_newer_aside(run_dir, RewindConfig(to=6, skip=[7, 9]))
+    assert "rewind.skip: [6, 8] and one from 7 overlap" in problem and sorted(run_dir.rglob("*")) == before
+    assert set_newer_aside(run_dir, RewindConfig(to=6, skip=[8, 9])) == ""
+    assert saved(run_dir) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
