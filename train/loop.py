@@ -17,7 +17,7 @@ from train.dashboards import Alert
 from train.expert_counts import read_counts
 from train.integrity import DamagedStateError
 from train.metrics import Throughput, peak_flops
-from train.signals import Ending
+from train.signals import Ending, StoppedEarly
 from train.stages import stage_of, total_steps
 from train.step import StepResult, evaluate, train_step
 from train.stragglers import SectionClock, find_slow, gather_times
@@ -30,7 +30,7 @@ def train(run: Run) -> tuple[Ending, str]:
     """Train to the last step, a stop request or a stage on another layout; the last thing done is a save.
 
     A run that skips too many steps in a row ends as FAILED, one whose memory changed by itself as REQUEUE,
-    both unsaved.
+    both unsaved; so does one that was asked to stop before its first step.
 
     Returns:
         How the run ended, and why.
@@ -40,6 +40,11 @@ def train(run: Run) -> tuple[Ending, str]:
     except DamagedStateError as error:
         log.error("step %d: %s", run.progress.step, error)
         return Ending.REQUEUE, str(error)
+    except StoppedEarly as early:
+        return Ending.REQUEUE, str(early)
+    except Exception:
+        run.saver.settle(run.cfg.health.checkpoint_timeout_s)
+        raise
 
 
 def _to_the_end(run: Run) -> tuple[Ending, str]:
@@ -47,6 +52,7 @@ def _to_the_end(run: Run) -> tuple[Ending, str]:
     if progress.step >= end:
         log.info("finished: %s is at step %d of %d", run.run_dir, progress.step, end)
         return Ending.DONE, "the last step was reached before"
+    run.stop.leave_early(run.mesh.world, "before the first step of this start")
     recorder = Recorder(run)
     tracer = Tracer(run.cfg.profile, run.run_dir, rank=run.mesh.rank, total_steps=end)
     while True:

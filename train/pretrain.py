@@ -86,7 +86,7 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
             raise ConfigError(f"run_dir={run_dir} is in use by {holder}; stop it, or use another run_dir")
         if problem := from_leader(set_newer_aside(run_dir, cfg.rewind) if leader else "", world):
             raise ConfigError(problem)
-        start = choose_start(run_dir, cfg.checkpoint, world)
+        start = choose_start(run_dir, cfg.checkpoint, world, stop)
         stage = stage_of(stages, start.step)
         if start.resumed is not None:
             judge_changes(start.resumed, stages, cfg.checkpoint.allow_changes)

@@ -17,6 +17,7 @@ from train.checkpoint import CheckpointConfig, Resume, state_boxes
 from train.manifest import Manifest, read_manifest, show
 from train.optimizer import set_step
 from train.restore import Verify, check_files, read_boxes, strangers
+from train.signals import StopRequest
 from train.storage import MANIFEST, Box, CheckpointError
 
 log = logging.getLogger(__name__)
@@ -43,17 +44,18 @@ class Start(NamedTuple):
         return 0 if self.resumed is None else self.resumed.step
 
 
-def choose_start(run_dir: Path, cfg: CheckpointConfig, world: Axis) -> Start:
+def choose_start(run_dir: Path, cfg: CheckpointConfig, world: Axis, stop: StopRequest) -> Start:
     """The newest checkpoint of the run that is whole, else checkpoint.init, else nothing; all ranks agree.
 
     Rejected folders that are newer than the one in use are renamed to rejected-step-N.
 
     Raises:
         NoCheckpointError: one is needed, and none can be used; with all the reasons.
+        StoppedEarly: a rank was asked to stop while files were hashed; on every rank, nothing is renamed.
     """
     if cfg.resume is not Resume.never:
         root = run_dir / "checkpoints"
-        found, rejected = _newest_whole(step_folders(root), cfg, world, is_resumed=True)
+        found, rejected = _newest_whole(step_folders(root), cfg, world, stop, is_resumed=True)
         if found is not None:
             if world.rank == 0:
                 _set_rejected_aside(rejected)
@@ -65,7 +67,7 @@ def choose_start(run_dir: Path, cfg: CheckpointConfig, world: Axis) -> Start:
             raise NoCheckpointError(f"checkpoint.resume=must, but {root} holds no step-N")
     if cfg.init is None:
         return Start()
-    found, rejected = _newest_whole(folders_of(Path(cfg.init)), cfg, world, is_resumed=False)
+    found, rejected = _newest_whole(folders_of(Path(cfg.init)), cfg, world, stop, is_resumed=False)
     if found is None:
         raise NoCheckpointError(f"checkpoint.init={cfg.init}: {_explain(rejected, cfg)}")
     return Start(initial=found)
@@ -108,7 +110,7 @@ def saved_model(run_dir: Path, init: Path, resume: Resume, verify: Verify) -> tu
 
 
 def _newest_whole(
-    folders: Sequence[Path], cfg: CheckpointConfig, world: Axis, *, is_resumed: bool
+    folders: Sequence[Path], cfg: CheckpointConfig, world: Axis, stop: StopRequest, *, is_resumed: bool
 ) -> tuple[Manifest | None, dict[Path, list[str]]]:
     """The first of the leader's folders that has no fault, and by folder the faults of those before it."""
     agreed = json.loads(
@@ -116,7 +118,7 @@ def _newest_whole(
     )
     rejected: dict[Path, list[str]] = {}
     for folder in map(Path, agreed):
-        manifest, problems = _examine(folder, cfg.verify, world, is_resumed=is_resumed)
+        manifest, problems = _examine(folder, cfg.verify, world, stop, is_resumed=is_resumed)
         if not problems:
             return manifest, rejected
         rejected[folder] = problems
@@ -129,7 +131,7 @@ def _newest_whole(
 
 
 def _examine(
-    folder: Path, how: Verify, world: Axis, *, is_resumed: bool
+    folder: Path, how: Verify, world: Axis, stop: StopRequest, *, is_resumed: bool
 ) -> tuple[Manifest | None, list[str]]:
     """A checkpoint and what any rank finds wrong with it; its files are dealt out, so all are read once."""
     manifest: Manifest | None = None
@@ -145,21 +147,21 @@ def _examine(
             work = check_files(manifest, by_size[world.rank :: world.size], how)
     except CheckpointError as error:
         problems = [str(error)]
-    while int(all_reduce_sum(torch.tensor(_work_a_while(work, problems)), world)):
-        pass
+    while int(all_reduce_sum(torch.tensor(_work_a_while(work, problems, stop)), world)):
+        stop.leave_early(world, "while checkpoints were checked")
     heard = [
         line for lines in map(json.loads, all_gather_texts(json.dumps(problems), world)) for line in lines
     ]
     return manifest, list(dict.fromkeys(heard))
 
 
-def _work_a_while(work: Iterator[str], problems: list[str]) -> int:
+def _work_a_while(work: Iterator[str], problems: list[str], stop: StopRequest) -> int:
     """Check files, but never so long that the others take this rank for dead; 0 = done, 1 = not yet."""
     end = time.monotonic() + BEAT_SECONDS
     for problem in work:
         if problem:
             problems.append(problem)
-        if time.monotonic() > end:
+        if stop.is_set or time.monotonic() > end:
             return 1
     return 0
 

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 Report = dict[str, Any]
 """JSON: {"done": what a rank has to say} or {"error": why it cannot}."""
+SETTLE_SECONDS = 120
+"""What a run that fails leaves a save in flight, where no limit is configured."""
 NAMED = 3  # ranks that a message spells out
 ALIGNMENT = 64  # bytes; for every dtype, and a processor's cache line
 
@@ -173,6 +175,11 @@ class Saver:
             self._thread = None
         if self._lost is not None:
             raise self._lost
+
+    def settle(self, limit_s: float | None) -> None:
+        """Let a save in flight end before a run that fails does, but not for ever."""
+        if self._thread is not None:
+            self._thread.join(SETTLE_SECONDS if limit_s is None else limit_s)
 
     def read_failures(self) -> list[str]:
         """Which saves failed since the last call, and why."""

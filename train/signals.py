@@ -1,6 +1,7 @@
 """How a run is asked to stop, and the file that says how it ended.
 
-A signal only sets a flag; the ranks agree on it at the end of a step, so all of them save the same one.
+A signal only sets a flag; the ranks agree on it at the end of a step, so all of them save the same one, and
+before the first, where there is nothing to save.
 """
 
 import json
@@ -9,6 +10,11 @@ import signal
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
+
+import torch
+
+from parallel.collectives import all_reduce_sum
+from parallel.mesh import Axis
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +55,15 @@ class StopRequest:
     def is_set(self) -> bool:
         """Whether this rank was asked to stop."""
         return self.signal_name is not None
+
+    def leave_early(self, world: Axis, when: str) -> None:
+        """Ask all ranks before the first step.
+
+        Raises:
+            StoppedEarly: on every rank, if one was asked to stop.
+        """
+        if int(all_reduce_sum(torch.tensor(int(self.is_set)), world)):
+            raise StoppedEarly(f"{self.signal_name or 'another rank was asked to stop'} {when}")
 
 
 def write_sentinel(run_dir: Path, ending: Ending, *, code: int, step: int | None, reason: str) -> None:

@@ -1,16 +1,27 @@
 """The ends of a run's data, steps and dashboards: what stands in the run directory afterwards."""
 
 import json
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
+from parallel.mesh import Axis
 from tests.train.forked import run_forked
 from tests.train.test_pretrain import column, ending, lines, tensors
+from train.checkpoint import CheckpointConfig, SaveMode
+from train.saving import Saver
+from train.storage import Box
 from train.tracing import ProfileConfig
 
 
@@ -60,6 +71,77 @@ def test_the_last_step_is_saved_once_and_again_changes_nothing(
         seen.append((saves, [(tmp_path / name).read_bytes() for name in ("metrics.jsonl", "experts.jsonl")]))
         assert result.said[0].count(f"saved {tmp_path}/checkpoints/step-{steps}") == 2 - len(seen)
     assert seen[0] == seen[1] and ending(tmp_path)[0] == "DONE"
+
+
+def stopped_in(name: str, rank: int) -> None:
+    """A fault for run_forked: a rank gets SIGTERM while it builds the run."""
+    build = import_module("train.build")
+    inner = getattr(build, name)
+
+    def signalled(*arguments: Any, **named: Any) -> Any:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(*arguments, **named)
+
+    setattr(build, name, signalled)
+
+
+def test_a_stop_before_the_first_step_costs_no_step(license_corpus: Path, tmp_path: Path) -> None:
+    """One rank is asked while the run is built, afresh and at a resume: nothing is done or saved."""
+    arguments = [source(license_corpus), "checkpoint.every=2", "log.every=1"]
+    for step, name in ((0, "build_model"), (2, "load_checkpoint")):
+        if step:
+            assert run_forked(tmp_path, *arguments, "train.steps=2", processes=2).codes == [0, 0]
+        files = [tmp_path / "metrics.jsonl", *tmp_path.glob("checkpoints/*/*")]
+        before = [(path.stat().st_mtime_ns, path.read_bytes()) for path in files if path.exists()]
+        result = run_forked(
+            tmp_path, *arguments, "train.steps=4", processes=2, fault=partial(stopped_in, name)
+        )
+        assert result.codes == [75, 75], result.said
+        reason = "another rank was asked to stop before the first step of this start"
+        assert ending(tmp_path) == ("REQUEUE", {"code": 75, "step": step, "reason": reason})
+        assert steps_in(tmp_path) == ([2] if step else [])
+        assert [(path.stat().st_mtime_ns, path.read_bytes()) for path in files if path.exists()] == before
+
+
+def fails_while_it_saves(rank: int) -> None:
+    """A fault for run_forked: rank 1 fails in step 3; step 2's save lasts until that rank waits for it."""
+    storage, loop = import_module("train.storage"), import_module("train.loop")
+    inner, settle, waits = loop.train_step, Saver.settle, threading.Event()
+
+    def step(run: Any, batches: Any) -> Any:
+        if rank == 1 and run.progress.step == 2:
+            raise RuntimeError("out of luck")
+        return inner(run, batches)
+
+    def noted(self: Saver, limit_s: float | None) -> None:
+        waits.set()
+        settle(self, limit_s)
+
+    loop.train_step, Saver.settle = step, noted  # type: ignore[method-assign]
+    if rank == 1:
+        storage.failpoint = lambda name: name == "mid_shard" and waits.wait(60)
+
+
+def test_a_run_that_fails_keeps_the_save_in_flight(license_corpus: Path, tmp_path: Path) -> None:
+    arguments = [source(license_corpus), "checkpoint.mode=async", "checkpoint.every=2", "train.steps=4"]
+    result = run_forked(tmp_path, *arguments, processes=2, fault=fails_while_it_saves)
+    assert result.codes == [1, 1] and "out of luck" in result.said[1], result.said
+    assert steps_in(tmp_path) == [2]
+    assert run_forked(tmp_path, *arguments, processes=2).codes == [0, 0]
+    assert [record["step"] for record in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_save_that_hangs_does_not_keep_a_failed_run(tmp_path: Path) -> None:
+    root, hangs = tmp_path / "checkpoints", threading.Event()
+    saver = Saver(root, CheckpointConfig(), Axis("world", 0, (0,)), step=0)
+    with mock.patch("train.storage.failpoint", lambda name: hangs.wait(20)):
+        saver.save(1, {"x": Box(torch.ones(2), (2,), (0,))}, {"step": 1}, SaveMode["async"])
+        saver.settle(0.01)
+        assert not steps_in(tmp_path)
+        hangs.set()
+        saver.wait()
+    assert steps_in(tmp_path) == [1]
 
 
 def wandb_is_missing(rank: int) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from train.config import CONF_DIR, ConfigError, RunConfig, adopt_model, load_con
 from train.manifest import read_manifest
 from train.restore import Verify, read_boxes
 from train.resume import NoCheckpointError, choose_start, saved_model, step_folders
+from train.signals import StoppedEarly, StopRequest
 from train.stages import build_stages
 from train.storage import Box
 
@@ -81,7 +83,7 @@ def choose_on(rank: int, run_dir: Path, cfg: CheckpointConfig, out: Path) -> Non
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("train.resume").addHandler(handler)
     try:
-        result: Any = choose_start(run_dir, cfg, join_job("cpu")).step
+        result: Any = choose_start(run_dir, cfg, join_job("cpu"), StopRequest()).step
     except NoCheckpointError as error:
         result = str(error)
     (out / f"{rank}.json").write_text(json.dumps([result, said]))
@@ -129,13 +131,13 @@ def test_when_all_are_damaged_every_reason_is_listed(resume: Resume, tmp_path: P
 
 def test_must_and_none_and_fresh_starts(tmp_path: Path) -> None:
     with pytest.raises(NoCheckpointError, match=r"checkpoint\.resume=must, but .* holds no step-N"):
-        choose_start(tmp_path, CheckpointConfig(resume=Resume.must), ALONE)
-    assert choose_start(tmp_path, CheckpointConfig(), ALONE) == (None, None)
+        choose_start(tmp_path, CheckpointConfig(resume=Resume.must), ALONE, StopRequest())
+    assert choose_start(tmp_path, CheckpointConfig(), ALONE, StopRequest()) == (None, None)
     root = saved(tmp_path, 3)
-    assert choose_start(tmp_path, CheckpointConfig(resume=Resume.never), ALONE) == (None, None)
+    assert choose_start(tmp_path, CheckpointConfig(resume=Resume.never), ALONE, StopRequest()) == (None, None)
     (root / "step-3").rename(root / "step-3.old")  # somebody's: no reason for random weights
     with pytest.raises(NoCheckpointError, match="the folder's name says otherwise"):
-        choose_start(tmp_path, CheckpointConfig(), ALONE)
+        choose_start(tmp_path, CheckpointConfig(), ALONE, StopRequest())
 
 
 def test_steps_are_numbers(tmp_path: Path) -> None:
@@ -149,7 +151,7 @@ def test_rejected_twice_keeps_both(tmp_path: Path) -> None:
     for _ in range(2):
         root = saved(tmp_path, 2) if (tmp_path / "checkpoints/step-1").exists() else saved(tmp_path, 1, 2)
         flip(root / "step-2" / SHARD)
-        assert choose_start(tmp_path, CheckpointConfig(), ALONE).step == 1
+        assert choose_start(tmp_path, CheckpointConfig(), ALONE, StopRequest()).step == 1
     assert names(root) == ["rejected-step-2", "rejected-step-2-2", "step-1"]
 
 
@@ -158,7 +160,7 @@ def test_what_each_level_of_verification_sees(tmp_path: Path) -> None:
     flip(root / "step-2" / SHARD)
 
     def chosen(verify: Verify) -> int:
-        return choose_start(tmp_path, CheckpointConfig(verify=verify), ALONE).step
+        return choose_start(tmp_path, CheckpointConfig(verify=verify), ALONE, StopRequest()).step
 
     assert chosen(Verify.size) == chosen(Verify.off) == 2
     edit(root / "step-2/manifest.json")
@@ -174,8 +176,8 @@ def test_a_checkpoint_from_before_hashes(tmp_path: Path) -> None:
     del content["files"], content["checksum"]
     (root / "step-1/manifest.json").write_text(json.dumps(content))
     with pytest.raises(NoCheckpointError, match=r"holds no hashes.*set checkpoint\.verify=off"):
-        choose_start(tmp_path, CheckpointConfig(), ALONE)
-    assert choose_start(tmp_path, CheckpointConfig(verify=Verify.off), ALONE).step == 1
+        choose_start(tmp_path, CheckpointConfig(), ALONE, StopRequest())
+    assert choose_start(tmp_path, CheckpointConfig(verify=Verify.off), ALONE, StopRequest()).step == 1
 
 
 def test_a_rank_that_hashes_long_is_not_taken_for_dead(
@@ -189,27 +191,40 @@ def test_a_rank_that_hashes_long_is_not_taken_for_dead(
     assert [step for step, _ in choose(tmp_path / "run", CheckpointConfig(), tmp_path, 3)] == [5, 5, 5]
 
 
+def test_a_stop_while_checkpoints_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes effect at the next block, with all folders as they were, the damaged one, too."""
+    monkeypatch.setattr("train.restore.BLOCK", 16)
+    root, stop = saved(tmp_path / "run", 5, 6), StopRequest()
+    flip(root / "step-6" / SHARD)
+    stop._note(signal.SIGTERM, None)
+    with pytest.raises(StoppedEarly, match="SIGTERM while checkpoints were checked"):
+        choose_start(tmp_path / "run", CheckpointConfig(), ALONE, stop)
+    assert names(root) == ["step-5", "step-6"]
+
+
 def test_weights_of_another_run(tmp_path: Path) -> None:
     root = saved(tmp_path / "other", 1, 2)
     flip(root / "step-2" / SHARD)
     for init, step in ((tmp_path / "other", 1), (root / "step-1", 1)):
-        start = choose_start(tmp_path / "run", CheckpointConfig(init=str(init)), ALONE)
+        start = choose_start(tmp_path / "run", CheckpointConfig(init=str(init)), ALONE, StopRequest())
         assert start.resumed is None and start.initial is not None and start.initial.step == step
         assert start.step == 0
     assert names(root) == ["step-1", "step-2"]  # another's folders stay as they are
     with pytest.raises(
         NoCheckpointError, match=rf"checkpoint\.init={root}/step-2: every checkpoint was rejected:\n.*sha256"
     ):
-        choose_start(tmp_path / "run", CheckpointConfig(init=str(root / "step-2")), ALONE)
+        choose_start(tmp_path / "run", CheckpointConfig(init=str(root / "step-2")), ALONE, StopRequest())
     content = {**content_of(root / "step-1"), "kind": "weights", "step": 0}
     (root / "step-1").rename(root / "step-0")
     write(root / "step-0", content)
-    assert choose_start(tmp_path / "run", CheckpointConfig(init=str(root / "step-0")), ALONE).initial
+    assert choose_start(
+        tmp_path / "run", CheckpointConfig(init=str(root / "step-0")), ALONE, StopRequest()
+    ).initial
     shutil.rmtree(root / "step-2")
     with pytest.raises(NoCheckpointError, match="holds weights only"):
-        choose_start(tmp_path / "other", CheckpointConfig(), ALONE)
+        choose_start(tmp_path / "other", CheckpointConfig(), ALONE, StopRequest())
     saved(tmp_path / "run", 4)  # the run's own goes before
-    assert choose_start(tmp_path / "run", CheckpointConfig(init="gone"), ALONE).step == 4
+    assert choose_start(tmp_path / "run", CheckpointConfig(init="gone"), ALONE, StopRequest()).step == 4
 
 
 SOURCES = "data.sources=[{path: a, weight: 1.0}]"
