@@ -85,7 +85,7 @@ class Transformer(nn.Module):
         targets: Tensor | None = None,
         number: Tensor | None = None,
         lengths: Tensor | None = None,
-        loss_weight: float = 0.0,
+        loss_weight: float | Tensor = 0.0,
     ) -> Tensor:
         """Logits, or each token's loss where targets are given; a stage without head returns hidden states.
 
@@ -97,7 +97,7 @@ class Transformer(nn.Module):
             number: [rows] int64 on the host, the same in each: counts the run's micro-batches; None = 0.
             lengths: [rows]: tokens of each row before its padding, which is the last document; None = all.
             loss_weight: factor of each layer's balancing losses, before their coefficients, in the loss
-                that will be differentiated.
+                that will be differentiated; also as [rows] on the host, the same in each.
 
         Returns:
             [rows, tokens/cp, vocab] fp32 logits, [rows, tokens/cp] fp32 losses, 0 where there is no target,
@@ -108,7 +108,8 @@ class Transformer(nn.Module):
         documents = self.locate(offsets, x.shape[1] * (1 if self.embed is not None else self.sequence_parts))
         documents = documents._replace(on_host=on_host)
         rotary = rotary_table(documents.positions, self.cfg.rotary_dim, self.rope_theta)
-        micro = Micro(offsets, 0 if number is None else int(number[0]), loss_weight, lengths)
+        weight = loss_weight if isinstance(loss_weight, float) else float(loss_weight[0])
+        micro = Micro(offsets, 0 if number is None else int(number[0]), weight, lengths)
         if self.embed is not None:
             x = self.embed(x)
         for block in self.blocks.values():

@@ -186,13 +186,15 @@ class Pipeline:
         tokens, targets, offsets, number = (torch.cat(part) for part in itertools.islice(columns, 4))
         (lengths,) = (None if part[0] is None else torch.cat(part) for part in columns)
         losses: list[Tensor] = []
+        # Tensors alone: torch 2.11 asks each argument whether it requires a gradient.
         arguments: dict[str, Any] = {
             "offsets": offsets,
             "targets": targets,
             "number": number,
-            "lengths": lengths,
-            "loss_weight": loss_weight,
+            "loss_weight": torch.full((len(offsets),), loss_weight, dtype=torch.float64),
         }
+        if lengths is not None:
+            arguments["lengths"] = lengths
         first = (tokens,) if 0 in self.numbers else ()
         target = targets if self.num_stages - 1 in self.numbers else None
         self.schedule.step(*first, target=target, losses=losses, **arguments)

@@ -22,7 +22,7 @@ pp=2, pp=2 schedule=interleaved, pp=2 schedule=zbv, pp=2 schedule=dualpipev
 NAMES = [text.strip() for text in LAYOUTS.replace("\n", ",").split(",") if text.strip()]
 SIZES = [
     "model.hidden_size=128", "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=64",
-    "model.rotary_dim=32", "batch.row_tokens=512", "batch.global_tokens=4096", "train.steps=5",
+    "model.rotary_dim=32", "batch.row_tokens=512", "batch.global_tokens=8192", "train.steps=5",
 ]  # fmt: skip
 """Heads that the softmax kernels take; documents cross the chunks of context parallelism."""
 
