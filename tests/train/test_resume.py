@@ -36,6 +36,9 @@ CASES = [
         id="tp etp",
         marks=FAULTS,
     ),
+    pytest.param(
+        2, ["checkpoint.mode=async", "checkpoint.every=1", "checkpoint.keep=null"], id="async", marks=FAULTS
+    ),
     pytest.param(1, ["data.packing=best_fit", "health.on_spike=clip"], id="best fit", marks=FAULTS),
 ]
 
