@@ -45,13 +45,15 @@ Schedule = StrEnum(
 """Order of forward and backward passes in a pipeline; the last three split the backward pass in two."""
 
 
-SPLIT_BACKWARD = (Schedule.interleaved_zero_bubble, Schedule.zbv, Schedule.dualpipev)
+V_SHAPED = (Schedule.zbv, Schedule.dualpipev)
+"""A rank hands hidden states to itself."""
+SPLIT_BACKWARD = (Schedule.interleaved_zero_bubble, *V_SHAPED)
 """Schedules that run the gradients of inputs and of weights as two passes."""
 
 
 def stage_owner(stage: int, schedule: Schedule, pp: int) -> int:
     """Pipeline rank of a stage: round robin, or down and up again for the V-shaped schedules."""
-    if schedule in (Schedule.zbv, Schedule.dualpipev):
+    if schedule in V_SHAPED:
         return stage if stage < pp else 2 * pp - 1 - stage
     return stage % pp
 

@@ -3,8 +3,10 @@
 A ValueError names key, value, rule and legal values.
 """
 
+import torch
+
 from model.config import ModelConfig
-from parallel.config import SPLIT_BACKWARD, ParallelConfig, Recompute, Schedule, num_stages
+from parallel.config import SPLIT_BACKWARD, V_SHAPED, ParallelConfig, Recompute, Schedule, num_stages
 
 
 def check_layout(
@@ -61,6 +63,11 @@ def _check_pipeline(
         raise ValueError(
             f"parallel.pp={pp} with parallel.schedule={schedule} needs {stages} stages; "
             f"model.num_layers={model.num_layers} must be at least that"
+        )
+    if schedule in V_SHAPED and torch.__version__ < "2.13":
+        raise ValueError(
+            f"parallel.schedule={schedule} gives wrong gradients in torch {torch.__version__}; "
+            "it needs 2.13 or newer; use schedule 1f1b, interleaved or interleaved_zero_bubble"
         )
     if schedule in SPLIT_BACKWARD and axes.zero_stage == 3:
         raise ValueError(

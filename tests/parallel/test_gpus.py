@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from parallel.config import V_SHAPED
+
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = os.environ.get("LONGSPAN_TEST_DEVICE", "cuda")
 """`cpu`: look at the test itself where there are no two GPUs."""
@@ -68,6 +70,8 @@ def test_two_gpus_train_as_one(
     """fp32: to round-off. bf16, whose sums of gradients are rounded in another order: nearly."""
     dtype, truth = alone
     words = name.split()
+    if name.endswith(tuple(V_SHAPED)) and torch.__version__ < "2.13":
+        pytest.skip("refused: torch 2.11 computes wrong gradients")
     rows = 2 if words[0] == "dp2" else 4
     overrides = [f"parallel.{word}" for word in words if word != "dp2"]
     found = train(tmp_path, dtype, source, f"batch.micro_rows={rows}", *overrides, processes=2)

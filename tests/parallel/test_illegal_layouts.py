@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data.config import DataConfig, SourceConfig
 from model.config import ModelConfig, RouterConfig
@@ -143,3 +144,14 @@ def test_refused_by_the_program(overrides: list[str], message: str, tmp_path: Pa
     assert len(errors) == 1 and message in errors[0], result.stderr
     kind, facts = ending(tmp_path)
     assert kind == "FAILED" and facts["code"] == 2 and message in facts["reason"]
+
+
+def test_schedules_that_an_older_torch_computes_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """V-shaped ones before torch 2.13."""
+    for schedule in (Schedule.zbv, Schedule.dualpipev):
+        validate(2, pp=2, schedule=schedule)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.11.0+cu130"))
+    for schedule in (Schedule.zbv, Schedule.dualpipev):
+        with pytest.raises(ConfigError, match=rf"{schedule} gives wrong gradients in torch 2\.11.*use sch"):
+            validate(2, pp=2, schedule=schedule)
+    validate(4, pp=2, schedule=Schedule.interleaved_zero_bubble)
