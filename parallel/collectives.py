@@ -40,12 +40,6 @@ def reduce_scatter(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:
     return out.movedim(0, dim).contiguous()
 
 
-def barrier(axis: Axis) -> None:
-    """Wait for every rank of the axis."""
-    if axis.group is not None:
-        dist.barrier(axis.group)
-
-
 def gather_from_sequence(x: Tensor, axis: Axis, *, dim: int = 1) -> Tensor:
     """Join the ranks' parts of the sequence. forward: all-gather; backward: reduce-scatter."""
     return x if axis.group is None else _Gather.apply(x, axis, dim)

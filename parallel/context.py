@@ -16,7 +16,6 @@ from kernels.lightning_attention import lightning_attention, lightning_end_state
 from model.attention import SoftmaxAttention, SoftmaxCore
 from model.lightning import LightningAttention, LightningCore
 from model.transformer import Transformer
-from parallel.collectives import barrier
 from parallel.config import StateExchange
 from parallel.mesh import Axis
 from parallel.overlap import post, wait
@@ -27,7 +26,6 @@ def apply_context(model: Transformer, cp: Axis, *, exchange: StateExchange = Sta
     """Make a model whose heads are already cut over tp compute on this rank's chunks of each row."""
     if cp.group is None:
         return
-    barrier(cp)  # NCCL wants a collective of all ranks before the ring's first send
     model.locate = ZigzagLocator(cp)
     for module in list(model.modules()):
         match module:

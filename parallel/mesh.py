@@ -219,6 +219,8 @@ def init_mesh(cfg: ParallelConfig, device_type: str, *, pool_groups: int = 1, ov
     }
     groups: dict[str, dist.ProcessGroup] = {}
     axes: dict[str, Any] = {name: _axis(name, lines.tolist(), rank, groups) for name, lines in grids.items()}
+    for name in ("pp", "cp"):
+        _meet(axes[name], device)
     own: dict[str, dist.ProcessGroup] = {} if overlaps else groups
     for name in ("exchange", "etp"):
         axes[f"{name}_back"] = _axis(f"{name}_back", grids[name].tolist(), rank, own)
@@ -259,6 +261,15 @@ def _axis(
     return Axis(name, mine.index(rank), tuple(mine), groups[key])
 
 
+def _meet(axis: Axis, device: torch.device) -> None:
+    """One collective of all ranks on their device (a barrier would go to gloo).
+
+    As a group's first call, NCCL leaves undefined what sends between only some of the ranks do.
+    """
+    if axis.group is not None:
+        dist.all_reduce(torch.zeros(1, device=device), group=axis.group)
+
+
 def _device_mesh(axis: Axis, device_type: str) -> DeviceMesh | None:
     if axis.group is None:
         return None
@@ -269,6 +280,8 @@ def set_determinism(on: bool) -> None:
     """Use only algorithms that give the same bits every time (slower); call before CUDA is used."""
     torch.use_deterministic_algorithms(on)
     if on:
+        # else every torch.empty is filled
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
