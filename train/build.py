@@ -156,6 +156,8 @@ def build_run(
     if start.resumed is not None:
         with user_errors():
             progress = restore_clocks(start.resumed, loader, health, cfg)
+        if progress.step == stage.first_step:
+            health.begin_level()
     if mesh.rank == 0 and cfg.checkpoint.resume is Resume.never:
         set_results_aside(run_dir)
     parts, shards = build_model(cfg, mesh)
@@ -266,6 +268,7 @@ def enter_stage(run: Run, stage: Stage) -> None:
     """Go on with a stage of the same layout: its sizes, its schedule of micro-batches, its RoPE base."""
     count_data(run)
     run.stage = stage
+    run.health.begin_level()
     for part in run.parts:
         part.rope_theta = stage.cfg.model.rope_theta
     run.engine = build_engine(run.parts, stage.cfg, run.mesh)

@@ -43,10 +43,11 @@ class HealthConfig:
     spike_sigmas: float = 6.0
     """Deviations above the mean at which loss or gradient norm is a spike."""
     on_spike: OnSpike = OnSpike.log
-    """log: say so; clip: scale the gradient down to what is usual (arXiv 2504.02507) and leave the step out
-    of the window; skip: leave weights and moments alone, too."""
+    """log: say so; clip: scale the gradient down to what is usual (arXiv 2504.02507), the window gets the
+    largest value that is no spike; skip: leave weights, moments and window alone."""
     max_skips_in_row: int | None = 10
-    """Skipped steps in a row at which the run ends as FAILED, without saving; null = never."""
+    """Skipped steps in a row at which the run ends as FAILED, without saving, if the last of them was not
+    finite; a spike behind as many is not skipped: it is the new level. null = never."""
 
     rerun: Rerun = Rerun.never
     """on_suspicion: compute a spike or a non-finite step once more; other bits were a transient error, and
@@ -98,13 +99,18 @@ class Health:
         self.cfg = cfg
         self.skips_in_row = 0
         self.windows = {key: deque[float](maxlen=cfg.window) for key in ("loss", "grad_norm")}
-        """Finite values of steps that were not skipped, oldest first."""
+        """Finite values of this stage's steps that were not skipped, oldest first."""
         self.score: float | None = None
         """Deviations above the mean, the larger of the two, at the last step; None = cannot be told."""
         self.spike = ""
         """What was a spike at the last step; "" = nothing."""
         self.norm_limit = math.inf
         """What the last step's gradient norm is to be clipped to."""
+
+    def begin_level(self) -> None:
+        """Forget what is usual: another stage's data and batch have another loss and gradient norm."""
+        for window in self.windows.values():
+            window.clear()
 
     def judge(self, loss: float, grad_norm: float) -> bool:
         """Whether the step is skipped, once a step, before its update."""
@@ -114,14 +120,17 @@ class Health:
         if not skipped and (scores := self._scores(values)):
             key, self.score = max(scores.items(), key=lambda item: item[1])
             if self.score > self.cfg.spike_sigmas:
-                skipped = self.cfg.on_spike is OnSpike.skip
                 size = len(self.windows[key])
                 self.spike = (
                     f"{key} {values[key]:.4g} is {self.score:.1f} deviations above that of {size} steps"
                 )
-                if self.cfg.on_spike is OnSpike.clip:
-                    self.norm_limit = self._usual_norm(grad_norm, scores["grad_norm"])
-        if not skipped and self.norm_limit == math.inf:
+                match self.cfg.on_spike:
+                    case OnSpike.clip:
+                        self.norm_limit = self._usual_norm(grad_norm, scores["grad_norm"])
+                        values = {key: min(value, self._most(key)) for key, value in values.items()}
+                    case OnSpike.skip:
+                        skipped = not self._is_new_level()
+        if not skipped:
             for key, value in values.items():
                 self.windows[key].append(value)
         self.skips_in_row = self.skips_in_row + 1 if skipped else 0
@@ -138,19 +147,32 @@ class Health:
             return {}
         return {key: deviations(value, self.windows[key]) for key, value in values.items()}
 
+    def _most(self, key: str) -> float:
+        """The largest value that is no spike: where the level has changed for good, the window follows."""
+        mean, deviation = spread(self.windows[key])
+        return mean + self.cfg.spike_sigmas * deviation
+
+    def _is_new_level(self) -> bool:
+        """Whether so many steps in a row were skipped that a spike is what is usual from now on."""
+        limit = self.cfg.max_skips_in_row
+        if limit is None or self.skips_in_row < limit:
+            return False
+        self.spike += f"; {self.skips_in_row} in a row were skipped, so this is the new level"
+        self.begin_level()
+        return True
+
     def _usual_norm(self, norm: float, score: float) -> float:
         """mean + sigmas^2 / score deviations: the farther out, the nearer to the mean (arXiv 2504.02507)."""
         if score <= self.cfg.spike_sigmas:
             return norm  # the loss is the spike
-        window = self.windows["grad_norm"]
-        mean = math.fsum(window) / len(window)
+        mean, _ = spread(self.windows["grad_norm"])
         return mean + (norm - mean) * (self.cfg.spike_sigmas / score) ** 2
 
     @property
     def gave_up(self) -> str:
         """Why the run ends; "" while it goes on."""
         limit = self.cfg.max_skips_in_row
-        if limit is None or self.skips_in_row < limit:
+        if limit is None or self.skips_in_row < limit or self.spike:
             return ""
         return (
             f"{self.skips_in_row} steps in a row were skipped (health.max_skips_in_row={limit}); this step "
@@ -171,9 +193,15 @@ class Health:
 
 def deviations(value: float, window: Sequence[float]) -> float:
     """How many standard deviations a value lies above the mean of a window."""
+    mean, deviation = spread(window)
+    return (value - mean) / deviation
+
+
+def spread(window: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation, at least a little one: a flat window makes no spike of noise."""
     mean = math.fsum(window) / len(window)
     deviation = math.sqrt(math.fsum((each - mean) ** 2 for each in window) / len(window))
-    return (value - mean) / max(deviation, 1e-6 * abs(mean), 1e-12)  # a flat window makes no spike of noise
+    return mean, max(deviation, 1e-6 * abs(mean), 1e-12)
 
 
 @torch.no_grad()

@@ -228,6 +228,8 @@ def test_three_stages_in_one_command(whole: Path) -> None:
     read = rows_read(whole)
     assert [len(read[step]) for step in range(1, 17)] == [16] * 6 + [4] * 6 + [2] * 4
     assert len({row for rows in read.values() for row in rows}) == 6 * 16 + 6 * 4 + 4 * 2  # none twice
+    windows = manifest(whole, 16)["health"]["windows"]  # what is usual in the last stage
+    assert windows == {key: column(whole, key).tolist()[12:] for key in ("loss", "grad_norm")}
 
 
 def test_interrupted_anywhere_it_is_bitwise_the_same(whole: Path, tmp_path: Path) -> None:
@@ -237,6 +239,7 @@ def test_interrupted_anywhere_it_is_bitwise_the_same(whole: Path, tmp_path: Path
     small(tmp_path / "cut")
     assert_same_run(tmp_path / "cut", whole)
     assert data_state(tmp_path / "cut", 16) == data_state(whole, 16)
+    assert manifest(tmp_path / "cut", 16)["health"] == manifest(whole, 16)["health"]
     counted = manifest(whole, 16)["progress"]["consumed"]
     assert manifest(tmp_path / "cut", 16)["progress"]["consumed"] == counted
     ends = [data_state(tmp_path / "cut", step)["source_tokens"] for step in (6, 12, 16)]

@@ -1,6 +1,7 @@
 """Numbers that go wrong in real processes: who sees it, what is skipped, when the run ends."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -178,8 +179,11 @@ def test_a_gradient_of_a_thousand_times_its_size(action: str, license_corpus: Pa
     records = lines(tmp_path)
     norms = health_at(tmp_path, 7)["windows"]["grad_norm"]
     assert records[7]["grad_norm"] > 100 * max(norms) and records[6]["grad_norm"] == norms[-1]
-    is_excluded = health_at(tmp_path, 7)["windows"] == health_at(tmp_path, 8)["windows"]
-    assert is_excluded is (action != "log") and [r["skipped"] for r in records[7:]] == [action == "skip", 0]
+    windows = health_at(tmp_path, 8)["windows"]["grad_norm"]
+    entered = {"skip": norms[-1], "clip": np.mean(norms) + 20 * np.std(norms), "log": records[7]["grad_norm"]}
+    assert windows[-1] == pytest.approx(entered[action], rel=1e-9)
+    assert len(windows) == 7 + (action != "skip")
+    assert [r["skipped"] for r in records[7:]] == [action == "skip", 0]
     before, after = (tensors(tmp_path / f"checkpoints/step-{step}") for step in (7, 8))
     if action == "skip":
         assert all(np.array_equal(before[key], after[key]) for key in before)
@@ -298,6 +302,37 @@ def test_the_window_holds_finite_unskipped_values() -> None:
     health = Health(HealthConfig(window=4))
     assert not any(health.judge(loss, 1.0) for loss in (1.0, 1.1, 5.0)) and health.spike
     assert list(health.windows["loss"]) == [1.0, 1.1, 5.0]
+
+
+def level(health: Health, mean: float, steps: int) -> list[str]:
+    """What was a spike in so many steps around a loss."""
+    spikes = []
+    for step in range(steps):
+        health.judge(mean * (1 + 0.01 * math.sin(step)), 1 + 0.01 * math.cos(step))
+        spikes.append(health.spike)
+    return spikes
+
+
+def test_clipping_follows_a_level_that_changes_for_good() -> None:
+    health = Health(HealthConfig(on_spike=OnSpike.clip))
+    assert not any(level(health, 2.0, 500))
+    spikes = level(health, 4.0, 500)
+    assert all(spikes[:10]) and not any(spikes[50:])
+    assert health.judge(40.0, 1.0) is False and health.spike, "what is far off is still a spike"
+
+
+def test_skipping_ends_where_a_level_changes_for_good() -> None:
+    health = Health(HealthConfig(on_spike=OnSpike.skip))
+    level(health, 2.0, 500)
+    for number in range(10):
+        assert health.judge(4.0, 1.0) and not health.gave_up, number
+    assert not health.judge(4.0, 1.0)
+    assert health.spike.endswith("; 10 in a row were skipped, so this is the new level")
+    assert list(health.windows["loss"]) == [4.0] and health.skips_in_row == 0
+    assert not any(level(health, 4.0, 500))
+    for number in range(10):
+        assert health.judge(4.0 if number < 9 else float("nan"), 1000.0)
+    assert health.gave_up.startswith("10 steps in a row"), "the last was not finite"
 
 
 def test_judging_without_a_limit_goes_on() -> None:
