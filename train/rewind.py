@@ -63,9 +63,8 @@ def set_newer_aside(run_dir: Path, cfg: RewindConfig) -> str:
         return ""
     if cfg.to not in steps:
         return f"rewind.to={cfg.to}: {run_dir}/checkpoints has no step-{cfg.to}, but steps {sorted(steps)}"
-    before = rewinds_of(steps[cfg.to])
     try:
-        skipped_steps(before if cfg.entry in before else [*before, cfg.entry])
+        skipped_steps([*rewinds_of(steps[cfg.to]), cfg.entry])
     except ValueError as error:
         return str(error)
     if newer:

@@ -150,11 +150,22 @@ def test_a_range_that_overlaps_an_earlier_one_is_refused_before_anything_moves(
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(runs / "first", run_dir)
+    (run_dir / "wandb_id").write_text("abandoned")
     before = sorted(run_dir.rglob("*"))
     problem = set_newer_aside(run_dir, RewindConfig(to=6, skip=[7, 9]))
     assert "rewind.skip: [6, 8] and one from 7 overlap" in problem and sorted(run_dir.rglob("*")) == before
     assert set_newer_aside(run_dir, RewindConfig(to=6, skip=[8, 9])) == ""
-    assert saved(run_dir) == [1, 2, 3, 4, 5, 6]
+    assert saved(run_dir) == [1, 2, 3, 4, 5, 6] and not (run_dir / "wandb_id").exists()
+    assert (run_dir / "previous-2/wandb_id").read_text() == "abandoned"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"progress": null}', '{"progress": {}}'])
+def test_a_damaged_checkpoint_is_none_of_a_rewind(text: str, tmp_path: Path) -> None:
+    """A newer one that cannot be read is set aside like the others."""
+    for step in (4, 5):
+        (tmp_path / f"checkpoints/step-{step}").mkdir(parents=True)
+        (tmp_path / f"checkpoints/step-{step}/manifest.json").write_text(text)
+    assert set_newer_aside(tmp_path, RewindConfig(to=4, skip=[6, 8])) == "" and saved(tmp_path) == [4]
 
 
 @pytest.mark.parametrize(
