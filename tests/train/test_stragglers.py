@@ -10,7 +10,7 @@ import pytest
 from tests.train.forked import run_forked
 from tests.train.test_pretrain import lines
 from train.health import HealthConfig
-from train.stragglers import NAMES, Slow, find_slow
+from train.stragglers import NAMES, SectionClock, Slow, find_slow
 
 WHERE = {
     "data": ("data.prefetch", "Prefetcher", "next_step"),
@@ -45,6 +45,21 @@ def test_the_slow_rank_and_section_are_named(section: str, license_corpus: Path,
     assert not any("is slow in" in said for said in ended.said[1:])
 
 
+def test_the_clock_starts_anew_with_each_reading() -> None:
+    """It has the work of a function with a section's name, and all the time since the reading before."""
+
+    def forward_backward() -> None:
+        end = time.monotonic() + 0.2
+        while time.monotonic() < end:
+            pass
+
+    clock = SectionClock()
+    forward_backward()
+    first, second = clock.read(), clock.read()
+    assert first[0] == first[2] == 0 and first[3] >= 0.2
+    assert 0 < first[1] <= first[3] and second[1] < first[1] and second[3] < 0.2
+
+
 def test_scores_compare_ranks_of_a_stage() -> None:
     """Stages have other work; what is less than a twentieth of the time is noise."""
     first, second = [0.1, 1.0, 0.2, 2.0], [0.1, 4.0, 0.2, 5.0]
@@ -53,6 +68,15 @@ def test_scores_compare_ranks_of_a_stage() -> None:
     late = [0.1, 2.0, 0.2, 3.0]
     found = find_slow([first, first, late, second, second, second], stages=2, limit=0.75)
     assert found == [Slow(2, "forward and backward", 0.5)]
+    assert find_slow([first, late], stages=1, limit=0.75) == [Slow(1, NAMES[1], 0.5)]
+    found = find_slow([first, first, second, [0.1, 9.0, 0.2, 9.5]], stages=2, limit=0.75)
+    assert [slow.rank for slow in found] == [3]
+    worst, little = [0.1, 4.0, 0.2, 5.0], [0.1, 1.2, 0.2, 2.0]
+    found = find_slow([late, first, worst, first, first], stages=1, limit=0.75)
+    assert found == [Slow(2, NAMES[1], 0.25), Slow(0, NAMES[1], 0.5)]
+    assert find_slow([first, first, little], stages=1, limit=0.75) == []
+    fast = [0.1, 0.5, 0.2, 2.0]
+    assert find_slow([fast, first, first], stages=1, limit=0.75) == []  # one that is ahead slows nobody
     noisy = [0.1, 1.0, 0.29, 2.0]
     assert find_slow([first, first, noisy], stages=1, limit=0.75) == []
     assert find_slow([second], stages=1, limit=0.75) == []
