@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from parallel.config import ParallelConfig
 from parallel.pipeline import SingleStage
+from tests.parallel.harness import TINY, Case, alone, build
 from tests.train.forked import run_forked
 from tests.train.test_config import config
 from tests.train.test_pretrain import column, ending, lines, tensors
 from train.config import ConfigError
 from train.health import Health, HealthConfig
-from train.integrity import StateGuard, digests
+from train.integrity import DamagedStateError, StateGuard, digests
 
 
 def flip(tensor: torch.Tensor) -> None:
@@ -69,6 +71,56 @@ def test_swapped_elements_and_signs_of_zero_change_the_hash() -> None:
     ab, ba = torch.arange(12.0), torch.arange(12.0)
     ba[[2, 9]] = ab[[9, 2]]
     assert digests([ab]) != digests([ba]) and digests([ab[:0], ab]).shape == (2,)
+
+
+def test_swapped_words_and_blocks_change_the_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks share their factors, so their order counts; so does that of words and of odd elements."""
+    monkeypatch.setattr("train.integrity.WORDS", 4)
+    x = torch.arange(25.0)
+    for one, other in ((0, 2), (0, 8), (8, 16), (23, 24)):
+        y = x.clone()
+        y[[one, other]] = x[[other, one]]
+        assert digests([x]) != digests([y]), (one, other)
+    words = torch.arange(8)
+    changes = torch.tensor([1, 0, -2, 0, 1, 0, 0, 0])  # cancel where factors grow evenly
+    assert digests([words]) != digests([words + changes])
+
+
+def guarded(every: int | None) -> tuple[StateGuard, torch.Tensor]:
+    """The guard of a small model on one process, and one of its router biases."""
+    case = Case(parallel=ParallelConfig(), dp=1, model=TINY, row_tokens=16, micro_rows=1, num_micro=1)
+    built = build(case, alone())
+    bias = torch.zeros(4)
+    biases = {"router.bias.0": bias}
+    return StateGuard(built.shards, built.optimizer, biases, built.mesh, every=every), bias
+
+
+def test_what_is_remembered_stays_until_an_update() -> None:
+    """A skipped step changes nothing, so its hash must not replace the one from before a flip."""
+    guard, bias = guarded(every=1)
+    guard.remember(1, saves=False)
+    flip(bias)
+    guard.remember(2, saves=False)
+    assert guard.damage() == 1
+    with pytest.raises(DamagedStateError, match=r"router\.bias\.0 changed between two updates"):
+        guard.check()
+    guard.forget()
+    guard.remember(3, saves=False)
+    assert guard.damage() == 0
+    guard.check()
+
+
+def test_steps_that_are_saved_are_hashed_out_of_turn() -> None:
+    guard, bias = guarded(every=10)
+    for step, saves in ((1, False), (2, True), (10, False)):
+        guard.forget()
+        guard.remember(step, saves=saves)
+        flip(bias)
+        assert guard.damage() == (step > 1)
+    never, bias = guarded(every=None)
+    never.remember(10, saves=True)
+    flip(bias)
+    assert never.damage() == 0
 
 
 @pytest.mark.parametrize(
