@@ -127,18 +127,18 @@ def join_job(device_type: str, *, timeout_minutes: float = 10) -> Axis:
         device_type: `cpu` (gloo) or `cuda` (gloo and NCCL).
 
     Raises:
-        JoinError: the address is in use or not reachable, or a process is missing.
+        JoinError: the address is in use or not reachable, a process is missing, or restarts would hang.
     """
     world_size = launched_world_size()
     if world_size > 1 and not dist.is_initialized():
+        _refuse_restarts_that_hang()
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         _record_collectives(device_type)
         timeout = timedelta(minutes=timeout_minutes)
         try:
             store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
             if os.environ.get("GROUP_WORLD_SIZE") == "1":
-                # One launcher hands ranks that it starts again the store in which the dead ones are listed;
-                # launchers on several machines may count starts differently.
+                # One launcher hands ranks that it starts again the store in which the dead ones are listed.
                 store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
             dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
         except (dist.DistNetworkError, dist.DistStoreError) as error:
@@ -150,6 +150,22 @@ def join_job(device_type: str, *, timeout_minutes: float = 10) -> Axis:
             ) from error
     group = dist.group.WORLD if world_size > 1 else None
     return Axis("world", launched_rank(), tuple(range(world_size)), group)
+
+
+def _refuse_restarts_that_hang() -> None:
+    """Refuse several launchers that would start ranks again with the store in which the dead are listed.
+
+    They may count their starts differently, so no name for a start is known to all ranks.
+    """
+    launchers, restarts = (
+        os.environ.get(key, "0") for key in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")
+    )
+    if int(launchers) > 1 and int(restarts) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise JoinError(
+            f"torchrun --max-restarts={restarts} on {launchers} machines gives ranks that are started again "
+            "the store of the dead ones, and they hang; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for every "
+            "torchrun, with --rdzv-backend=c10d, or leave --max-restarts out"
+        )
 
 
 def _record_collectives(device_type: str) -> None:
