@@ -26,7 +26,7 @@ from model.transformer import Transformer
 from parallel.collectives import all_reduce_sum
 from parallel.config import Schedule, num_stages, stage_owner, stages_of
 from parallel.mesh import Axis, Mesh
-from parallel.zero import sync_gradients
+from parallel.zero import prepare_backward
 
 SCHEDULES: dict[Schedule, type[PipelineScheduleSingle] | type[PipelineScheduleMulti]] = {
     Schedule["1f1b"]: Schedule1F1B,
@@ -99,7 +99,9 @@ class SingleStage:
         total = torch.zeros((), dtype=torch.float64, device=target_count.device)
         self.micro_losses = []
         for number, batch in enumerate(batches, start=1):
-            sync_gradients(self.model, self.zero_stage > 1 or number == len(batches))
+            is_last = number == len(batches)
+            reduces, frees = is_last or self.zero_stage > 1, is_last or self.zero_stage == 3
+            prepare_backward(self.model, reduces=reduces, frees=frees)
             losses = self.model(
                 batch.tokens,
                 batch.offsets,
@@ -180,7 +182,7 @@ class Pipeline:
     ) -> Tensor:
         """As SingleStage's; 0 on ranks without the last stage."""
         for part in self.parts:
-            sync_gradients(part, True)
+            prepare_backward(part, reduces=True, frees=True)
         self.target_count = target_count
         columns = zip(*batches, strict=True)
         tokens, targets, offsets, number = (torch.cat(part) for part in itertools.islice(columns, 4))

@@ -26,7 +26,7 @@ def apply_zero(
     """Wrap experts on edp, each router gate (fp32), each block and the rest on dp x cp, where the axes exist.
 
     Args:
-        stage: 3 frees the gathered parameters after each forward; 1 and 2 keep them until backward.
+        stage: 3 frees the gathered parameters after each forward; 1 and 2 keep them for the whole step.
         dtype: what the model computes in; gradients are reduced in fp32.
         offload: `cpu` keeps parameters and reduced gradients in host memory.
     """
@@ -69,10 +69,15 @@ def _wrapped(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def sync_gradients(model: Transformer, on: bool) -> None:
-    """Whether the next backward reduces gradients over the ranks or keeps them for a later one."""
+def prepare_backward(model: Transformer, *, reduces: bool, frees: bool) -> None:
+    """Whether the next backward reduces gradients over the ranks or keeps them for a later one.
+
+    Args:
+        frees: it also frees the gathered parameters, which the next forward has to gather again.
+    """
     for module in _wrapped(model):
-        module.set_requires_gradient_sync(on, recurse=False)
+        module.set_requires_gradient_sync(reduces, recurse=False)
+        module.set_reshard_after_backward(frees, recurse=False)
 
 
 def materialize(model: Transformer, mesh: Mesh, offload: Offload) -> None:

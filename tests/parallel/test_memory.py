@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 from parallel.apply import build_parts, parallelize
 from parallel.collectives import all_reduce_sum
@@ -119,6 +120,21 @@ def count_under_recompute(rank: int) -> None:
 
 def test_selective_recompute_gathers_nothing_twice() -> None:
     run_distributed(count_under_recompute, 2)
+
+
+def count_by_zero_stage(rank: int) -> None:
+    """Parameters are gathered once a step, or with stage 3 for each pass of each of two micro-batches."""
+    mesh, seen = init_mesh(ParallelConfig(), "cpu"), []
+    for stage in (1, 2, 3):
+        with profile(activities=[ProfilerActivity.CPU]) as traced:
+            train(mesh, ParallelConfig(zero_stage=stage), steps=1)
+        seen.append(sum(event.name == "fsdp::all_gather_copy_in" for event in traced.events()))
+    groups = 3 * TINY.num_layers + 1  # experts, gate and the rest of each layer; the model's own
+    assert seen == [groups, groups, 4 * groups]
+
+
+def test_parameters_are_gathered_once_a_step() -> None:
+    run_distributed(count_by_zero_stage, 2)
 
 
 def test_recompute_keeps_less() -> None:
