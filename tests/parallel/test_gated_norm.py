@@ -1,11 +1,13 @@
 """The gated norm over heads on several ranks against whole rows: values and gradients of every part."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from kernels.gated_norm import gated_rms_norm_triton
 from kernels.reference import gated_rms_norm
@@ -46,3 +48,46 @@ def compare(rank: int, op: Callable) -> None:
 @pytest.mark.parametrize("op", [gated_rms_norm, pytest.param(gated_rms_norm_triton, marks=INTERPRETED)])
 def test_parts_on_ranks_are_the_whole(op: Callable) -> None:
     run_distributed(compare, PARTS, op)
+
+
+class Norm(nn.Module):
+    """Half of a row, the other half being the same; `merged` counts."""
+
+    def __init__(self, op: Callable) -> None:
+        super().__init__()
+        self.op, self.merged = op, 0
+        self.weight = nn.Parameter(torch.linspace(-1, 1, SIZE, device=DEVICE))
+
+    def forward(self, o: Tensor, gate: Tensor) -> Tensor:
+        return self.op(o, gate, self.weight, 1e-6, parts=2, merge=self.merge)
+
+    def merge(self, total: Tensor) -> Tensor:
+        self.merged += 1
+        return _Twice.apply(total)
+
+
+class _Twice(torch.autograd.Function):
+    """As an all-reduce over two ranks: its gradient is its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 2 * grads[0]
+
+
+def test_a_pipeline_that_splits_the_backward_pass_merges_once_each_way() -> None:
+    """Zero-bubble schedules run whatever leads to a weight a second time: no rank may merge there."""
+    o, gate, grad = (torch.randn(7, SIZE, device=DEVICE) for _ in range(3))
+    norm, twin = Norm(gated_rms_norm_triton), Norm(gated_rms_norm)
+    leaves = [x.clone().requires_grad_() for x in (o, gate)]
+    y = norm(*leaves).clone()  # a stage's output is no view
+    found, groups = stage_backward_input([y], [grad], leaves, norm.parameters())
+    assert norm.merged == 2
+    stage_backward_weight(norm.parameters(), groups)
+    assert norm.merged == 2
+    wide = [x.clone().requires_grad_() for x in (o, gate)]
+    expected = torch.autograd.grad(twin(*wide), [*wide, twin.weight], grad)
+    torch.testing.assert_close([*found, norm.weight.grad], list(expected), rtol=1e-5, atol=1e-5)
