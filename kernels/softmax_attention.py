@@ -223,7 +223,7 @@ def path_for(q: Tensor, documents: Documents | None) -> Path:
         knows_lengths=documents is None or documents.on_host is not None,
         is_deterministic=_must_repeat(),
     )
-    _announce(path, reason)
+    _announce(path, reason, logging.WARNING if q.is_cuda and path is Path.twin else logging.INFO)
     return path
 
 
@@ -234,9 +234,10 @@ def _must_repeat() -> bool:
 
 
 @functools.cache
-def _announce(path: Path, reason: str) -> None:
+def _announce(path: Path, reason: str, level: int) -> None:
     """Log a choice when it is made for the first time."""
-    log.info("softmax attention by %s: %s", path, reason)
+    cost = ", which takes memory in tokens^2" if level == logging.WARNING else ""
+    log.log(level, "softmax attention by %s%s: %s", path, cost, reason)
 
 
 @functools.cache
