@@ -10,6 +10,7 @@ y^T z stays in registers. Where rows and heads are too few to fill the GPU, segm
 by a pass that computes states only, which is also LASP+'s local state.
 """
 
+import logging
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,10 +21,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.documents import Documents
+from kernels.reference import carry_state, lightning_step
 from kernels.reference import lightning_attention as lightning_attention_by_chunks
-from kernels.reference import lightning_attention_with_state as lightning_attention_with_state_by_chunks
 from kernels.reference import lightning_end_state as lightning_end_state_by_sum
-from kernels.reference import lightning_step
+
+log = logging.getLogger(__name__)
 
 MAX_SIZE = 256
 """Of a head; it must also be a multiple of 16."""
@@ -110,7 +112,7 @@ def lightning_attention(
     """
     if not is_supported(q):
         return lightning_attention_by_chunks(q, k, v, slopes, documents, initial_state=initial_state)
-    return lightning_attention_triton(q, k, v, slopes, documents.positions, initial_state)[0]
+    return lightning_attention_triton(q, k, v, slopes, documents.positions, initial_state)
 
 
 def lightning_end_state(k: Tensor, v: Tensor, slopes: Tensor, documents: Documents) -> Tensor:
@@ -139,21 +141,35 @@ def lightning_attention_with_state(
 ) -> tuple[Tensor, Tensor]:
     """`lightning_attention`, and S after the last token [rows, heads, head_dim, head_dim], at least fp32.
 
-    A single token takes the recurrence itself: each state is read and written once, no chunk filled up.
+    S is that of `lightning_end_state`, a pass of its own: the states inside the scan are less exact. A single
+    token takes the recurrence itself: each state is read and written once, no chunk filled up.
     """
     if q.shape[1] == 1:
         return lightning_step(q, k, v, slopes, initial_state)
-    if not is_supported(q):
-        return lightning_attention_with_state_by_chunks(
-            q, k, v, slopes, documents, initial_state=initial_state
-        )
-    return lightning_attention_triton(q, k, v, slopes, documents.positions, initial_state)
+    state = lightning_end_state(k, v, slopes, documents)
+    if initial_state is not None:
+        state = carry_state(initial_state, state, slopes, documents)
+    return lightning_attention(q, k, v, slopes, documents, initial_state=initial_state), state
 
 
 def is_supported(q: Tensor) -> bool:
-    """Whether the kernels take q [rows, tokens, heads, head_dim] (docs/decisions.md: not yet in fp32)."""
-    size = q.shape[-1]
-    return q.is_cuda and q.element_size() == 2 and size % 16 == 0 and size <= MAX_SIZE and q.numel() > 0
+    """Whether the kernels take q [rows, tokens, heads, head_dim]; if not on a GPU, the log says why."""
+    if not q.is_cuda or not q.numel():
+        return False
+    return _has_kernel(q.dtype, q.shape[-1])
+
+
+@cache
+def _has_kernel(dtype: torch.dtype, size: int) -> bool:
+    """Whether a GPU has kernels for it; one warning where it has not."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        reason = f"the kernels take bf16 and fp16, not {dtype}"  # docs/decisions.md: not yet fp32
+    elif size % 16 or size > MAX_SIZE:
+        reason = f"head_dim {size} is no multiple of 16 up to {MAX_SIZE}"
+    else:
+        return True
+    log.warning("lightning attention by plain torch, which is much slower: %s", reason)
+    return False
 
 
 def lightning_attention_triton(
@@ -164,8 +180,8 @@ def lightning_attention_triton(
     positions: Tensor,
     initial_state: Tensor | None = None,
     layout: Layout | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(o, S after the last token [rows, heads, head_dim, head_dim] fp32) by the kernels.
+) -> Tensor:
+    """`lightning_attention` by the kernels.
 
     Args:
         positions: [rows, tokens] distance of each token to the start of its document.
@@ -181,7 +197,7 @@ def lightning_end_state_triton(
 
 
 class _LightningAttention(torch.autograd.Function):
-    """forward: o and the last state; backward: dq, dk, dv in one launch, from recomputed or saved states."""
+    """forward: o; backward: dq, dk, dv in one launch, from recomputed or saved states."""
 
     @staticmethod
     def forward(
@@ -193,30 +209,37 @@ class _LightningAttention(torch.autograd.Function):
         positions: Tensor,
         initial: Tensor | None,
         layout: Layout,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         q, k, v = _readable(q), _readable(k), _readable(v)
         positions = positions.contiguous()
         o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        entering, _ = _entering_states(k, v, slopes, positions, initial, layout, reverse=False)
-        after = _new_states(q, layout.segments)
-        _launch_scan((q, k, v, o), slopes, positions, entering, after, layout)
+        y, z = _tiles(k, layout), _tiles(v, layout, part=True)
+        entering = _entering_states((y, z), k, slopes, positions, initial, layout, reverse=False)
+        _scan_kernel[(q.shape[0] * q.shape[2] * layout.blocks, layout.segments)](
+            _tiles(q, layout), y, z, _tiles(o, layout, part=True), positions, slopes, entering, None,
+            q.shape[1], q.shape[2], layout.segment_chunks, layout.blocks,
+            **_constants(layout), REVERSE=False, HAS_INITIAL=entering is not None, HAS_OUT=True,
+            IS_EXACT=False,
+        )  # fmt: skip
         ctx.save_for_backward(q, k, v, slopes, positions, *(() if entering is None else (entering,)))
         ctx.layout, ctx.initial_dtype = layout, None if initial is None else initial.dtype
-        return o, after[:, :, -1].contiguous()
+        return o
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, slopes, positions, *kept = ctx.saved_tensors
         layout, grad = ctx.layout, _readable(grads[0])
         entering = kept[0] if kept else None
-        returning, _ = _entering_states(q, grad, slopes, positions, grads[1], layout, reverse=True)
+        wholes = [_tiles(x, layout) for x in (k, q, v, grad)]
+        blocks = [_tiles(x, layout, part=True) for x in (k, q, grad)]
+        returning = _entering_states((wholes[1], blocks[2]), q, slopes, positions, None, layout, reverse=True)
+        # The compiler finds fewer registers and more shared memory for a kernel without these two.
+        returning = _new_states(q, 1).zero_() if returning is None else returning
         before = _new_states(q, layout.segments)
         packed = torch.empty((*q.shape[:-1], 3 * layout.size), dtype=q.dtype, device=q.device)
         parts = packed.chunk(3, -1)
-        grid = (3 * layout.blocks, layout.segments, q.shape[0] * q.shape[2])
-        _backward_kernel[grid](
-            *(_tiles(x, layout) for x in (k, q, v, grad)),
-            *(_tiles(x, layout, part=True) for x in (k, q, grad, *parts)),
+        _backward_kernel[(q.shape[0] * q.shape[2] * 3 * layout.blocks, layout.segments)](
+            *wholes, *blocks, *(_tiles(x, layout, part=True) for x in parts),
             positions, slopes, entering, returning, before,
             q.shape[1], q.shape[2], layout.segment_chunks, layout.blocks,
             **_constants(layout), HAS_ENTERING=entering is not None,
@@ -233,21 +256,27 @@ class _EndState(torch.autograd.Function):
         k, v = _readable(k), _readable(v)
         positions = positions.contiguous()
         ctx.save_for_backward(k, v, slopes, positions)
-        if layout.segments > 1:
-            return _entering_states(k, v, slopes, positions, None, layout, reverse=False)[1]
-        final = _new_states(k, 1)
-        _launch_scan((k, k, v, k), slopes, positions, None, final, layout, states_only=True)
-        return final.squeeze(2)
+        ctx.layout = layout
+        tiles = _tiles(k, layout), _tiles(v, layout, part=True)
+        states = _own_states(tiles, k, slopes, positions, layout, reverse=False, is_exact=True)
+        if layout.segments == 1:
+            return states.squeeze(2)
+        final = torch.empty_like(states[:, :, 0], memory_format=torch.contiguous_format)
+        _seed_segments(states, positions, slopes, None, final, layout, reverse=False)
+        return final
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         k, v, slopes, positions = ctx.saved_tensors
-        tokens, grad = k.shape[1], grads[0].to(k.dtype)
-        left = torch.arange(tokens - 1, -1, -1, device=k.device)[:, None]
-        weight = torch.exp(-slopes * left) * (positions[:, -1:] >= left[:, 0])[..., None]
-        weight = weight.to(k.dtype)[..., None]
-        dk = torch.einsum("rthe,rhde->rthd", v * weight, grad)
-        return dk, torch.einsum("rthd,rhde->rthe", k * weight, grad), None, None, None
+        layout, (rows, tokens, heads, size) = ctx.layout, k.shape
+        grad = grads[0].contiguous()
+        dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+        for x, out, strides in ((v, dk, (1, size)), (k, dv, (size, 1))):
+            _end_gradient_kernel[(rows * heads * layout.blocks, layout.segments)](
+                _tiles(x, layout), grad, positions, slopes, _tiles(out, layout, part=True),
+                tokens, heads, layout.segment_chunks, layout.blocks, *strides, **_constants(layout, 2),
+            )  # fmt: skip
+        return dk, dv, None, None, None
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -262,85 +291,100 @@ def _new_states(like: Tensor, segments: int) -> Tensor:
     return torch.empty((rows, heads, segments, size, size), dtype=torch.float32, device=like.device)
 
 
-def _constants(layout: Layout) -> dict[str, Any]:
+@cache
+def _constants(layout: Layout, num_stages: int | None = None) -> dict[str, Any]:
     config = layout.config
     return {
         "SIZE": layout.size, "C": config.chunk, "Y": layout.padded, "Z": config.columns,
-        "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "num_warps": config.num_warps, "num_stages": num_stages or config.num_stages,
     }  # fmt: skip
 
 
 def _entering_states(
+    tiles: tuple[TensorDescriptor, TensorDescriptor],
     y: Tensor,
-    z: Tensor,
     slopes: Tensor,
     positions: Tensor,
     initial: Tensor | None,
     layout: Layout,
     *,
     reverse: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """States [rows, heads, segments, head_dim, head_dim] that enter each segment, and the last one.
+) -> Tensor | None:
+    """States [rows, heads, segments, head_dim, head_dim] that enter each segment, None where all are 0.
 
-    From the end if `reverse`. With one segment the last one is still to be written.
+    Args:
+        tiles: of y and z.
+        initial: what enters the row, from the end if `reverse`.
     """
-    final = torch.empty(
-        (y.shape[0], y.shape[2], layout.size, layout.size), dtype=torch.float32, device=y.device
-    )
     if layout.segments == 1:
-        return None if initial is None else initial.contiguous()[:, :, None], final
-    states = _new_states(y, layout.segments)
-    _launch_scan((y, y, z, y), slopes, positions, None, states, layout, states_only=True, reverse=reverse)
-    block = 1024
-    grid = (triton.cdiv(layout.size**2, block), y.shape[2], y.shape[0])
-    _prefix_kernel[grid](
-        states, positions, slopes, None if initial is None else initial.contiguous(), final,
-        y.shape[1], layout.segments, layout.segment_chunks * layout.config.chunk,
-        SQUARE=layout.size**2, BLOCK=block, REVERSE=reverse, HAS_INITIAL=initial is not None,
-    )  # fmt: skip
-    return states, final
+        return None if initial is None else initial.contiguous()[:, :, None]
+    states = _own_states(tiles, y, slopes, positions, layout, reverse=reverse, is_exact=False)
+    _seed_segments(states, positions, slopes, initial, None, layout, reverse=reverse)
+    return states
 
 
-def _launch_scan(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+def _own_states(
+    tiles: tuple[TensorDescriptor, TensorDescriptor],
+    y: Tensor,
     slopes: Tensor,
     positions: Tensor,
-    entering: Tensor | None,
-    final: Tensor,
     layout: Layout,
     *,
-    states_only: bool = False,
-    reverse: bool = False,
+    reverse: bool,
+    is_exact: bool,
+) -> Tensor:
+    """States [rows, heads, segments, head_dim, head_dim] that each segment makes of zeros."""
+    states = _new_states(y, layout.segments)
+    _scan_kernel[(y.shape[0] * y.shape[2] * layout.blocks, layout.segments)](
+        None, *tiles, None, positions, slopes, None, states,
+        y.shape[1], y.shape[2], layout.segment_chunks, layout.blocks,
+        **_constants(layout, 2), REVERSE=reverse, HAS_INITIAL=False, HAS_OUT=False, IS_EXACT=is_exact,
+    )  # fmt: skip
+    return states
+
+
+def _seed_segments(
+    states: Tensor,
+    positions: Tensor,
+    slopes: Tensor,
+    initial: Tensor | None,
+    final: Tensor | None,
+    layout: Layout,
+    *,
+    reverse: bool,
 ) -> None:
-    """x, y, z, out of one direction; `final` gets the state after each segment."""
-    x, y, z, out = tensors
-    grid = (layout.blocks, layout.segments, x.shape[0] * x.shape[2])
-    _scan_kernel[grid](
-        _tiles(x, layout), _tiles(y, layout), _tiles(z, layout, part=True), _tiles(out, layout, part=True),
-        positions, slopes, entering, final, x.shape[1], x.shape[2], layout.segment_chunks,
-        **_constants(layout) | ({"num_stages": 2} if states_only else {}), REVERSE=reverse,
-        HAS_INITIAL=entering is not None, HAS_OUT=not states_only,
+    """Turn `_own_states` into those that enter the segments; `final` gets the state after the last one."""
+    rows, heads, segments = states.shape[:3]
+    block = 1024
+    _prefix_kernel[(triton.cdiv(layout.size**2, block), heads, rows)](
+        states, positions, slopes, None if initial is None else initial.contiguous(), final,
+        positions.shape[1], segments, layout.segment_chunks * layout.config.chunk,
+        SQUARE=layout.size**2, BLOCK=block, REVERSE=reverse, HAS_INITIAL=initial is not None,
+        HAS_FINAL=final is not None,
     )  # fmt: skip
 
 
 def _tiles(x: Tensor, layout: Layout, *, part: bool = False) -> TensorDescriptor:
-    """x [rows, tokens, heads, head_dim] by chunks, of all columns or of a program's."""
-    x = x.transpose(1, 2)
+    """x [rows, tokens, heads, head_dim] by chunks of a head, of all columns or of a program's."""
+    rows, tokens, heads, size = x.shape
+    by_row, by_token, by_head, _ = x.stride()
     columns = layout.config.columns if part else layout.padded
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, layout.config.chunk, columns])
+    return TensorDescriptor(
+        x, [rows, heads, tokens, size], [by_row, by_head, by_token, 1], [1, 1, layout.config.chunk, columns]
+    )
 
 
 @triton.jit
 def _scan_kernel(
-    x, y, z, out, positions, slopes, entering, final, tokens, heads, segment_chunks,
+    x, y, z, out, positions, slopes, entering, final, tokens, heads, segment_chunks, blocks,
     SIZE: tl.constexpr, C: tl.constexpr, Y: tl.constexpr, Z: tl.constexpr, REVERSE: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, HAS_OUT: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_OUT: tl.constexpr, IS_EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: blocks of columns, segments, rows * heads."""
-    row, head = tl.program_id(2) // heads, tl.program_id(2) % heads
+    """Grid: rows * heads * blocks of columns, those of a head side by side as they share y; segments."""
+    owner = tl.program_id(0) // blocks
     _scan(
-        x, y, z, out, positions, slopes, entering, final, row, head, tl.program_id(0), tokens, segment_chunks,
-        SIZE, 1, SIZE, C, Y, Z, REVERSE, HAS_INITIAL, True, HAS_OUT,
+        x, y, z, out, positions, slopes, entering, final, owner, heads, tl.program_id(0) % blocks,
+        tokens, segment_chunks, SIZE, 1, SIZE, C, Y, Z, REVERSE, HAS_INITIAL, not HAS_OUT, HAS_OUT, IS_EXACT,
     )  # fmt: skip
 
 
@@ -351,39 +395,41 @@ def _backward_kernel(
     SIZE: tl.constexpr, C: tl.constexpr, Y: tl.constexpr, Z: tl.constexpr,
     HAS_ENTERING: tl.constexpr,
 ):  # fmt: skip
-    """Grid: blocks of columns of dq, dk and dv, segments, rows * heads."""
-    row, head = tl.program_id(2) // heads, tl.program_id(2) % heads
+    """Grid: rows * heads * (blocks of columns of dq, dk and dv), segments."""
+    owner = tl.program_id(0) // (3 * blocks)
+    which = tl.program_id(0) // blocks % 3
     block = tl.program_id(0) % blocks
-    which = tl.program_id(0) // blocks
     if which == 0:
         _scan(
-            do, v, k_block, dq, positions, slopes, entering, before, row, head, block,
-            tokens, segment_chunks, 1, SIZE, SIZE, C, Y, Z, False, HAS_ENTERING, False, True,
+            do, v, k_block, dq, positions, slopes, entering, None, owner, heads, block,
+            tokens, segment_chunks, 1, SIZE, SIZE, C, Y, Z, False, HAS_ENTERING, False, True, False,
         )  # fmt: skip
     elif which == 1:
         _scan(
-            v, do, q_block, dk, positions, slopes, returning, before, row, head, block,
-            tokens, segment_chunks, 1, SIZE, SIZE, C, Y, Z, True, True, False, True,
+            v, do, q_block, dk, positions, slopes, returning, None, owner, heads, block,
+            tokens, segment_chunks, 1, SIZE, SIZE, C, Y, Z, True, True, False, True, False,
         )  # fmt: skip
     else:
         _scan(
-            k, q, do_block, dv, positions, slopes, returning, before, row, head, block,
-            tokens, segment_chunks, SIZE, 1, SIZE, C, Y, Z, True, True, True, True,
+            k, q, do_block, dv, positions, slopes, returning, before, owner, heads, block,
+            tokens, segment_chunks, SIZE, 1, SIZE, C, Y, Z, True, True, True, True, False,
         )  # fmt: skip
 
 
 @triton.jit
 def _scan(
-    x, y, z, out, positions, slopes, entering, final, row, head, block,
+    x, y, z, out, positions, slopes, entering, final, owner, heads, block,
     tokens, segment_chunks, state_y, state_z,
     SIZE: tl.constexpr, C: tl.constexpr, Y: tl.constexpr, Z: tl.constexpr, REVERSE: tl.constexpr,
-    HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_OUT: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_OUT: tl.constexpr, IS_EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Columns `block` of one segment of one head.
+    """Columns `block` of one segment of row owner // heads and head owner % heads.
 
     x, y, z, out: descriptors of [rows, heads, tokens, SIZE], which read 0 behind a row's end.
     entering: states before each segment (after it if REVERSE) by the strides of y and z; final: after it.
+    IS_EXACT: the state is that of fp32 products, else of products that are rounded like z.
     """
+    row, head = owner // heads, owner % heads
     slope = tl.load(slopes + head) * 1.4426950408889634  # log2(e)
     i = tl.arange(0, C)
     d = tl.arange(0, Y)
@@ -393,7 +439,7 @@ def _scan(
     # exp(-s |i - j|) as a product of two vectors, which over 64 tokens are far from overflow.
     falling, rising = tl.exp2(-slope * (i - C // 2)), tl.exp2(slope * (i - C // 2))
     segment = tl.program_id(1)
-    state_place = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + segment
+    state_place = owner.to(tl.int64) * tl.num_programs(1) + segment
     in_state = (d < SIZE)[:, None] & (e < SIZE)[None, :]
     state = tl.zeros((Y, Z), dtype=tl.float32)
     if HAS_INITIAL:
@@ -427,7 +473,7 @@ def _scan(
         to_head = tl.where(is_head, tl.exp2(-slope * (i + 1)), 0.0)
         to_end = tl.where(is_tail, tl.exp2(-slope * tl.maximum(length - 1 - i, 0)), 0.0)
 
-        scaled = (z_tile * (to_head if REVERSE else to_end)[:, None]).to(z_tile.dtype)
+        scaled = z_tile * (to_head if REVERSE else to_end)[:, None]
         if HAS_OUT:
             x_tile = x.load([row, head, t0, 0]).reshape(C, Y)
             products = tl.dot(x_tile, tl.trans(y_tile), input_precision="ieee")
@@ -443,7 +489,20 @@ def _scan(
             products = tl.where(seen, products, 0.0).to(z_tile.dtype)
             result = tl.dot(products, z_tile, result, input_precision="ieee")
             out.store([row, head, t0, block * Z], result.to(z_tile.dtype).reshape(1, 1, C, Z))
-        state = tl.dot(tl.trans(y_tile), scaled, state * through, input_precision="ieee")
+        narrow = scaled.to(z_tile.dtype)
+        if IS_EXACT or z_tile.dtype == tl.float32:
+            # The chunk's own sum starts from 0: its roundings are then small beside the state's last bit. A
+            # plain + would move the state into the product's accumulator.
+            own = tl.zeros((Y, Z), dtype=tl.float32)
+            if z_tile.dtype != tl.float32:  # 8 bits of bf16 three times are fp32's 24
+                rest = scaled - narrow.to(tl.float32)
+                middle = rest.to(z_tile.dtype)
+                last = (rest - middle.to(tl.float32)).to(z_tile.dtype)
+                own = tl.dot(tl.trans(y_tile), middle, tl.dot(tl.trans(y_tile), last, own))
+            own = tl.dot(tl.trans(y_tile), narrow, own, input_precision="ieee")
+            state = tl.fma(state, through, own)
+        else:
+            state = tl.dot(tl.trans(y_tile), narrow, state * through)
 
         # The next chunk's documents arrive meanwhile.
         t0 += step
@@ -456,9 +515,37 @@ def _scan(
 
 
 @triton.jit
+def _end_gradient_kernel(
+    x, grad, positions, slopes, out, tokens, heads, segment_chunks, blocks, grad_y, grad_z,
+    SIZE: tl.constexpr, C: tl.constexpr, Y: tl.constexpr, Z: tl.constexpr,
+):  # fmt: skip
+    """out_t = exp(-s (tokens - 1 - t)) x_t grad for the last document, 0 before; grid of `_scan_kernel`."""
+    owner, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    row, head = owner // heads, owner % heads
+    slope = tl.load(slopes + head) * 1.4426950408889634  # log2(e)
+    i, d, e = tl.arange(0, C), tl.arange(0, Y), block * Z + tl.arange(0, Z)
+    grad += owner.to(tl.int64) * SIZE * SIZE
+    in_state = (d < SIZE)[:, None] & (e < SIZE)[None, :]
+    wide = tl.load(grad + d[:, None] * grad_y + e[None, :] * grad_z, mask=in_state, other=0.0)
+    narrow = wide.to(x.dtype)
+    rest = (wide - narrow.to(tl.float32)).to(x.dtype)
+    since = tl.load(positions + row.to(tl.int64) * tokens + tokens - 1)
+    first = tl.program_id(1) * segment_chunks
+    for chunk in range(first, tl.minimum(first + segment_chunks, tl.cdiv(tokens, C))):
+        x_tile = x.load([row, head, chunk * C, 0]).reshape(C, Y)
+        left = tokens - 1 - chunk * C - i
+        result = tl.dot(x_tile, narrow, input_precision="ieee")
+        if x.dtype != tl.float32:
+            result = tl.dot(x_tile, rest, result)
+        result *= tl.where((left >= 0) & (left <= since), tl.exp2(-slope * tl.maximum(left, 0)), 0.0)[:, None]
+        out.store([row, head, chunk * C, block * Z], result.to(x.dtype).reshape(1, 1, C, Z))
+
+
+@triton.jit
 def _prefix_kernel(
     states, positions, slopes, initial, final, tokens, segments, segment_tokens,
     SQUARE: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_FINAL: tl.constexpr,
 ):  # fmt: skip
     """Turn states that segments make from 0 into those that enter them. Grid: places, heads, rows."""
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
@@ -484,4 +571,5 @@ def _prefix_kernel(
         tl.store(states + segment * SQUARE + place, state, mask=here)
         state = own + through * state
         own = following
-    tl.store(final + owner * SQUARE + place, state, mask=here)
+    if HAS_FINAL:
+        tl.store(final + owner * SQUARE + place, state, mask=here)

@@ -235,9 +235,14 @@ def lightning_attention_with_state(
     """
     state = lightning_end_state(k, v, slopes, documents)
     if initial_state is not None:
-        through = torch.exp(-slopes.to(state.dtype) * q.shape[1]) * (documents.ids[:, -1:] == 0)
-        state = state + through[..., None, None] * initial_state
+        state = carry_state(initial_state, state, slopes, documents)
     return lightning_attention(q, k, v, slopes, documents, initial_state=initial_state), state
+
+
+def carry_state(initial: Tensor, state: Tensor, slopes: Tensor, documents: Documents) -> Tensor:
+    """State after the last token from that before the first one and `lightning_end_state`, shaped alike."""
+    through = torch.exp(-slopes.to(state.dtype) * documents.ids.shape[1]) * (documents.ids[:, -1:] == 0)
+    return state + through[..., None, None] * initial
 
 
 def lightning_step(

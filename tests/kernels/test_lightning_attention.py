@@ -1,8 +1,5 @@
 """The lightning kernels against their twins: values, states, all gradients."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,11 +8,18 @@ from kernels.documents import Documents, locate_documents
 from kernels.lightning_attention import (
     CONFIGS,
     Config,
+    _has_kernel,
     lightning_attention_triton,
     lightning_end_state_triton,
     plan_layout,
 )
-from kernels.reference import lightning_attention, lightning_end_state
+from kernels.lightning_attention import lightning_attention as public_lightning_attention
+from kernels.reference import (
+    carry_state,
+    lightning_attention,
+    lightning_attention_with_state,
+    lightning_end_state,
+)
 from tests.kernels.harness import DEVICE, DTYPES, check_against_twin, random_tensor
 
 ON_GPU = DEVICE.type == "cuda"
@@ -34,27 +38,6 @@ def documents_of(tokens: int, *starts: list[int]) -> Documents:
 def slopes_of(heads: int, *, fastest: float = 0.92, slowest: float = 0.004) -> Tensor:
     ratio = (slowest / fastest) ** (1 / max(1, heads - 1))
     return torch.tensor([fastest * ratio**h for h in range(heads)], device=DEVICE)
-
-
-def with_states(documents: Documents, slopes: Tensor) -> Callable[..., Any]:
-    """The twin's (o, last state): what entered reaches the end where one document covers the row.
-
-    In a narrow dtype the state is that of weighted values in this dtype, as in MiniMax-01's own code, where a
-    matrix product takes them; the twin proper widens them.
-    """
-
-    def twin(q: Tensor, k: Tensor, v: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        left = torch.arange(v.shape[1] - 1, -1, -1, device=v.device)[:, None]
-        weight = torch.exp(-slopes.to(wide) * left)[..., None]
-        tail = (documents.ids == documents.ids[:, -1:])[..., None, None]
-        own = torch.einsum("rthd,rthe->rhde", k.to(wide), ((v * weight).to(v.dtype) * tail).to(wide))
-        is_one = documents.ids[:, -1] == 0
-        through = torch.exp(-slopes.to(wide) * q.shape[1]) * is_one[:, None]
-        final = own + through[..., None, None] * initial.to(wide)
-        return lightning_attention(q, k, v, slopes, documents, initial_state=initial), final.to(wide)
-
-    return twin
 
 
 def compare(
@@ -76,9 +59,14 @@ def compare(
     layout = plan_layout(q.to(dtype), config, segments)
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-        return lightning_attention_triton(q, k, v, slopes, documents.positions, initial, layout)
+        state = lightning_end_state_triton(k, v, slopes, documents.positions, layout)
+        o = lightning_attention_triton(q, k, v, slopes, documents.positions, initial, layout)
+        return o, carry_state(initial, state, slopes, documents)
 
-    check_against_twin(kernel, with_states(documents, slopes), [q, k, v, initial], dtype=dtype)
+    def twin(q: Tensor, k: Tensor, v: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+        return lightning_attention_with_state(q, k, v, slopes, documents, initial_state=initial)
+
+    check_against_twin(kernel, twin, [q, k, v, initial], dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -137,7 +125,7 @@ def test_without_initial_state_and_with_parts_of_one_tensor() -> None:
     slopes = slopes_of(2)
 
     def kernel(packed: Tensor) -> Tensor:
-        return lightning_attention_triton(*packed.chunk(3, -1), slopes, documents.positions)[0]
+        return lightning_attention_triton(*packed.chunk(3, -1), slopes, documents.positions)
 
     def twin(packed: Tensor) -> Tensor:
         return lightning_attention(*packed.chunk(3, -1), slopes, documents)
@@ -145,17 +133,28 @@ def test_without_initial_state_and_with_parts_of_one_tensor() -> None:
     check_against_twin(kernel, twin, [random_tensor(1, 40, 2, 48, seed=5)], dtype=torch.float32)
 
 
-@pytest.mark.parametrize("segments", [1, 3])
-def test_end_state(segments: int) -> None:
-    documents = documents_of(75, [], [33], [74], [5, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "starts", "segments"),
+    [
+        (1, [[]], 1),
+        (63, [[62], [61], [1, 2]], 1),
+        (75, [[], [33], [74], [5, 40]], 1),
+        (75, [[], [33], [74], [5, 40]], 3),
+        (500, [[], [3]], 2),
+    ],
+)
+def test_end_state(tokens: int, starts: list[list[int]], segments: int, dtype: torch.dtype) -> None:
+    """The state that LASP+ sends, and its gradients; as exact as plain torch in fp32, whatever the dtype."""
+    documents = documents_of(tokens, *starts)
     slopes = slopes_of(2)
-    k, v = (random_tensor(4, 75, 2, 16, seed=i) for i in (6, 7))
-    layout = plan_layout(k.float(), SMALL, segments)
+    k, v = (random_tensor(len(starts), tokens, 2, 16, seed=i) for i in (6, 7))
+    layout = plan_layout(k.to(dtype), Config(64, 16, 4, 2) if tokens > 100 else SMALL, segments)
     check_against_twin(
         lambda k, v: lightning_end_state_triton(k, v, slopes, documents.positions, layout),
         lambda k, v: lightning_end_state(k, v, slopes, documents),
         [k, v],
-        dtype=torch.float32,
+        dtype=dtype,
     )
 
 
@@ -164,10 +163,33 @@ def test_a_row_in_two_parts() -> None:
     slopes = slopes_of(2)
     q, k, v = (random_tensor(1, 60, 2, 16, seed=i, dtype=torch.float32) for i in (8, 9, 10))
     whole = lightning_attention(q, k, v, slopes, documents_of(60, [20]))
-    first, state = lightning_attention_triton(
-        q[:, :37], k[:, :37], v[:, :37], slopes, documents_of(37, [20]).positions
-    )
-    second, _ = lightning_attention_triton(
-        q[:, 37:], k[:, 37:], v[:, 37:], slopes, documents_of(23, []).positions, state
-    )
+    begin, end = ([x[:, :37] for x in (q, k, v)], [x[:, 37:] for x in (q, k, v)])
+    positions = documents_of(37, [20]).positions
+    first = lightning_attention_triton(*begin, slopes, positions)
+    state = lightning_end_state_triton(*begin[1:], slopes, positions)
+    second = lightning_attention_triton(*end, slopes, documents_of(23, []).positions, state)
     torch.testing.assert_close(torch.cat([first, second], 1), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "reason"),
+    [
+        (torch.float32, 16, "the kernels take bf16 and fp16, not torch.float32"),
+        (torch.float16, 24, "head_dim 24 is no multiple of 16 up to 256"),
+        (torch.float16, 272, "head_dim 272 is no multiple of 16 up to 256"),
+    ],
+)
+def test_the_twin_on_a_gpu_is_a_warning(
+    dtype: torch.dtype,
+    size: int,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _has_kernel.cache_clear()
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda _: True), raising=False)
+    x = torch.zeros(1, 5, 1, size, dtype=dtype, device=DEVICE)
+    for _ in range(2):
+        public_lightning_attention(x, x, x, slopes_of(1), documents_of(5, []))
+    message = f"lightning attention by plain torch, which is much slower: {reason}"
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("WARNING", message)]
