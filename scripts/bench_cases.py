@@ -96,7 +96,8 @@ def _attention(s: Sizes, draw: _Draw) -> list[Case]:
         _lightning(s, draw, [s.short], s.heads),
         _lightning(s, draw, whole, s.heads),
         _lightning(s, draw, packed, s.heads),
-        _lightning(s, draw, whole, s.kv_heads),
+        few := _lightning(s, draw, whole, s.kv_heads),
+        *_in_a_graph(few, draw),
     ]
     flops = sum(2 * s.head_dim * s.heads * length**2 for length in packed)
 
@@ -112,6 +113,16 @@ def _attention(s: Sizes, draw: _Draw) -> list[Case]:
 
     name = f"softmax {_k(s.tokens)} in {len(packed)} docs, {s.heads}/{s.kv_heads} heads"
     return [*cases, Case("softmax", name, Work(flops, 0), Work(2.5 * flops, 0), softmax)]
+
+
+def _in_a_graph(case: Case, draw: _Draw) -> list[Case]:
+    """The forward pass without what the host needs to launch it kernel by kernel."""
+
+    def build(with_peers: bool) -> Ops:
+        return {name: Op(captured(op.forward)) for name, op in case.build(with_peers).items()}
+
+    is_gpu = draw.device.type == "cuda"
+    return [case._replace(name=f"{case.name}, CUDA graph", backward=None, build=build)] if is_gpu else []
 
 
 def _lightning(s: Sizes, draw: _Draw, lengths: list[int], heads: int) -> Case:
@@ -202,10 +213,7 @@ def _experts(s: Sizes, draw: _Draw) -> list[Case]:
 
 
 def _router(s: Sizes, draw: _Draw) -> list[Case]:
-    """From logits to experts, weights, admitted choices and what is recorded.
-
-    Launched one by one its small kernels wait for the host; in a CUDA graph only the GPU's own time is left.
-    """
+    """From logits to experts, weights, admitted choices and what is recorded."""
     factor = 1.25
 
     def build(with_peers: bool) -> Ops:
@@ -231,15 +239,10 @@ def _router(s: Sizes, draw: _Draw) -> list[Case]:
         ops = {OURS: Op(ours, [logits])}
         return {**ops, "eager": Op(eager, [logits])} if with_peers else ops
 
-    def build_graphs(with_peers: bool) -> Ops:
-        return {name: Op(captured(op.forward)) for name, op in build(with_peers).items()}
-
-    read = s.tokens * s.experts * 4
-    written = s.tokens * 2 * (4 + 8)
-    name, forward = f"router {_k(s.tokens)} x {s.experts}", Work(0, read + written)
-    whole = Case("router", f"{name}, capacity {factor}", forward, Work(0, 2 * read + written), build)
-    graph = Case("router", f"{name}, in a CUDA graph", forward, None, build_graphs)
-    return [whole, graph] if draw.device.type == "cuda" else [whole]
+    read, written = s.tokens * s.experts * 4, s.tokens * 2 * (4 + 8)
+    name = f"router {_k(s.tokens)} x {s.experts}, capacity {factor}"
+    case = Case("router", name, Work(0, read + written), Work(0, 2 * read + written), build)
+    return [case, *_in_a_graph(case, draw)]
 
 
 def _cross_entropy(s: Sizes, draw: _Draw) -> Case:
