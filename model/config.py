@@ -40,7 +40,7 @@ class ModelConfig:
     num_experts: int
     """Experts of each layer."""
     experts_per_token: int = 2
-    """Choices of each token (top-k)."""
+    """Choices of each token (top-k); with 1 the gate learns from the balancing losses alone."""
     expert_ffn_size: int
     """Inner width of each SwiGLU expert."""
     rope_theta: float = 10000.0
@@ -63,6 +63,20 @@ class ModelConfig:
         for name, value in vars(self).items():
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"model.{name}={value} must be at least 1")
+        if not 0 < self.rope_theta < math.inf:
+            raise ValueError(
+                f"model.rope_theta={self.rope_theta} must be a number above 0, such as 1e4 (8k) or 1e7 (1M)"
+            )
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(
+                f"model.residual_alpha={self.residual_alpha} must be a number above 0; "
+                "null = (2 num_layers)^0.25"
+            )
+        for name in ("norm_eps", "lightning_norm_eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)} must be a number >= 0; MiniMax-01 has 1e-5 and 1e-6"
+                )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_kv_heads={self.num_kv_heads} must divide model.num_heads={self.num_heads}; "

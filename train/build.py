@@ -39,7 +39,7 @@ from train.resume import NoCheckpointError, Start, load_checkpoint, load_weights
 from train.rewind import skipped_steps
 from train.saving import Saver
 from train.signals import StoppedEarly, StopRequest
-from train.stages import Stage, naming, stage_of, tokens_at, total_steps
+from train.stages import Stage, doubts, naming, stage_of, tokens_at, total_steps
 from train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -176,6 +176,8 @@ def build_run(
     elif start.initial is not None:
         load_weights(start.initial, shards=shards, biases=biases, world=mesh.world)
         log.info("weights are those of %s", start.initial.folder)
+    for doubt in doubts(stages) if mesh.rank == 0 else []:
+        log.warning("%s", doubt)
     metrics = build_metrics(stages, cfg, progress.step, console) if mesh.rank == 0 else None
     saver = Saver(
         run_dir / "checkpoints", cfg.checkpoint, mesh.saving, step=progress.step, grace_s=launcher_grace_s()

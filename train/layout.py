@@ -37,7 +37,7 @@ def check_layout(
             f"parallel.tp={axes.tp} must divide model.num_kv_heads={model.num_kv_heads} "
             "or be a multiple of it"
         )
-    if axes.cp > 1 or recompute is Recompute.selective:  # both halve a rank's part of a row
+    if axes.cp > 1:  # a rank holds two chunks of each row
         require_divisor("2 * parallel.cp", 2 * axes.cp, "batch.row_tokens", row_tokens)
     tokens = row_tokens // axes.cp
     require_divisor("parallel.tp", axes.tp, "batch.row_tokens / parallel.cp", tokens)

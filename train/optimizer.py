@@ -5,6 +5,7 @@ Moments have no library's format: `exp_avg`, `exp_avg_sq` by parameter name, and
 
 import importlib.util
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,13 +41,21 @@ class OptimizerConfig:
     offload: Offload = Offload.none
     """cpu: masters, moments and the step in host memory, by DeepSpeed's CPU Adam."""
     max_grad_norm: float = 1.0
-    """Gradients with a larger norm are scaled down to it."""
+    """Gradients with a larger norm are scaled down to it; .inf = never."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for key, low in (("lr", 0), ("eps", 0), ("weight_decay", 0), ("max_grad_norm", 0)):
-            if getattr(self, key) < low:
-                raise ValueError(f"optimizer.{key}={getattr(self, key)} must be >= {low}")
+        for key in ("lr", "weight_decay"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"optimizer.{key}={getattr(self, key)} must be a number >= 0")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(
+                f"optimizer.eps={self.eps} must be a number above 0, such as 1e-8: moments of 0 are divided by it"
+            )
+        if not self.max_grad_norm > 0:
+            raise ValueError(
+                f"optimizer.max_grad_norm={self.max_grad_norm} must be above 0; inf = no clipping"
+            )
         for key in ("beta1", "beta2"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"optimizer.{key}={getattr(self, key)} must lie in [0, 1)")

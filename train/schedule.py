@@ -20,7 +20,7 @@ class ScheduleConfig:
     warmup_tokens: int = 0
     """Linear rise from 0; may be longer than the run."""
     decay_tokens: int = 0
-    """Length of the decay at the run's end."""
+    """Length of the decay at the run's end; a shorter run begins in mid-decay."""
     decay_shape: DecayShape = DecayShape.cosine
     """Form of the decay."""
     min_lr_ratio: float = 0.1

@@ -152,6 +152,23 @@ def stage_of(stages: Sequence[Stage], step: int) -> Stage:
     return next((stage for stage in stages if step < stage.end_step), stages[-1])
 
 
+def doubts(stages: Sequence[Stage]) -> list[str]:
+    """What is legal and seldom meant, for people."""
+    cfg, total, found = stages[0].cfg, tokens_at(stages, total_steps(stages)), []
+    if cfg.schedule.decay_tokens > total:
+        first = stages[0].lr_at(cfg.batch.global_tokens, total)
+        found.append(
+            f"schedule.decay_tokens={cfg.schedule.decay_tokens} is more than the run's {total} tokens: it begins "
+            f"in mid-decay, at a learning rate of {first:.3g}; decay_tokens=0 keeps the peak"
+        )
+    if cfg.model.experts_per_token == 1:
+        found.append(
+            "model.experts_per_token=1: a single choice is renormalised to weight 1, so the gate learns from "
+            "the balancing losses alone, not from the cross-entropy; MiniMax-01 has 2"
+        )
+    return found
+
+
 def total_steps(stages: Sequence[Stage]) -> int:
     """Steps of the run: to train.steps or to the curriculum's end, whichever comes first."""
     limit = stages[0].cfg.train.steps

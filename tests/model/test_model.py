@@ -89,6 +89,12 @@ def test_model_files_build(path) -> None:
         ({"experts_per_token": 7}, "model.experts_per_token=7 must be <= num_experts=6"),
         ({"layer_types": [LayerType.softmax]}, "model.layer_types has 1 entries; give one for each of"),
         ({"hidden_size": 0}, "model.hidden_size=0 must be at least 1"),
+        ({"rope_theta": 0.0}, "model.rope_theta=0.0 must be a number above 0"),
+        ({"rope_theta": float("nan")}, "model.rope_theta=nan must be a number above 0"),
+        ({"residual_alpha": 0.0}, "model.residual_alpha=0.0 must be a number above 0; null = (2 num_layers)"),
+        ({"residual_alpha": float("inf")}, "model.residual_alpha=inf must be a number above 0"),
+        ({"norm_eps": -1e-5}, "model.norm_eps=-1e-05 must be a number >= 0"),
+        ({"lightning_norm_eps": float("nan")}, "model.lightning_norm_eps=nan must be a number >= 0"),
     ],
 )
 def test_impossible_sizes_are_refused(change: dict, message: str) -> None:

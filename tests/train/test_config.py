@@ -28,6 +28,7 @@ from train.config import (
     stage_run_file,
 )
 from train.schedule import DecayShape, ScheduleConfig, lr_factor
+from train.stages import build_stages, doubts
 
 register_schema()
 
@@ -146,10 +147,6 @@ def test_a_file_with_header_and_name_keeps_them(tmp_path: Path) -> None:
             "2 * parallel.cp=4 must divide batch.row_tokens=126",
         ),
         (
-            ["conf=debug", "train.recompute=selective", "batch.row_tokens=127", "batch.global_tokens=1016"],
-            "2 * parallel.cp=2 must divide batch.row_tokens=127",
-        ),
-        (
             ["conf=debug", "parallel.pp=2", "parallel.schedule=zbv", "train.recompute=full"],
             "train.recompute=full with parallel.schedule=zbv would recompute up to four times",
         ),
@@ -246,6 +243,21 @@ def test_schedule(shape: DecayShape) -> None:
     assert all(a > b for a, b in pairwise(factors[59:]))
     middle = {"linear": 0.55, "cosine": 0.55, "exponential": 0.1**0.5}[shape]
     assert factors[79] == pytest.approx(middle)
+
+
+def test_rows_of_any_length_may_be_recomputed_on_one_rank() -> None:
+    sizes = ["batch.row_tokens=127", "batch.global_tokens=1016"]
+    load_config(composed("conf=debug", "train.recompute=selective", *sizes)).validate(1)
+
+
+def test_what_is_legal_but_seldom_meant_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """By hybrid_2b with train.steps=20, whose decay would have begun long before the run."""
+    cfg = load_config(composed("conf=hybrid_2b", "train.steps=20", "model.experts_per_token=1"))
+    decay, gate = doubts(build_stages(cfg))
+    tokens = 20 * cfg.batch.global_tokens
+    assert decay.startswith(f"schedule.decay_tokens={cfg.schedule.decay_tokens} is more than the run's {tokens}")
+    assert gate.startswith("model.experts_per_token=1: ")
+    assert doubts(build_stages(load_config(composed("conf=hybrid_2b")))) == []
 
 
 def test_warm_up_may_outlast_the_run() -> None:

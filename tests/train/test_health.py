@@ -231,6 +231,7 @@ def test_nan_in_router_logits_skips_one_step_on_all(
     )  # fmt: skip
     assert ended.codes == [0, 0], ended.said
     assert [record["skipped"] for record in lines(tmp_path)] == [0, 0, 1, 0]
+    assert ["schedule.decay_tokens=8192 is more than" in said for said in ended.said] == [True, False]
     second, third, fourth = (tensors(tmp_path / f"checkpoints/step-{step}") for step in (2, 3, 4))
     assert any("router.bias.2" in key for key in second)
     assert all(np.array_equal(second[key], third[key]) for key in second)

@@ -83,6 +83,25 @@ def test_fused_step_clips_and_publishes_as_separate_passes_do(max_norm: float) -
     assert shards[0].parameter.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("max_grad_norm", 0.0, "must be above 0; inf = no clipping"),
+        ("max_grad_norm", float("nan"), "must be above 0; inf = no clipping"),
+        ("eps", 0.0, "must be a number above 0"),
+        ("eps", float("inf"), "must be a number above 0"),
+        ("lr", float("nan"), "must be a number >= 0"),
+        ("weight_decay", float("inf"), "must be a number >= 0"),
+        ("lr", -1e-4, "must be a number >= 0"),
+        ("beta2", 1.0, "must lie in [0, 1)"),
+    ],
+)
+def test_values_that_spoil_the_weights_are_refused(key: str, value: float, rule: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        OptimizerConfig(**{key: value})
+    assert f"optimizer.{key}={value} {rule}" in str(caught.value)
+
+
 def test_restored_moments_and_step_continue_bitwise() -> None:
     gradients = [[torch.randn(3, 2), torch.randn(4)] for _ in range(4)]
 
