@@ -3,9 +3,10 @@
 `pool` is the place where a parallel form enters; its default knows one process.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.counting import count_keys
@@ -14,7 +15,6 @@ from kernels.router import choose_experts, record_choices, route
 from model.capacity import LocalPool, Pool, decide_replicas, line_up
 from model.config import AuxNormalisation, AuxScope, Balancing, ModelConfig, Renormalise, RouterConfig
 from model.hashing import draw, uniform
-from model.layers import linear
 
 
 class Micro(NamedTuple):
@@ -61,6 +61,35 @@ class Memo:
 
     decision: Decision | None = None
     """Of the first pass."""
+    trips: list[Any] | None = None
+    """How the dispatcher of the first pass sent the choices of this decision; its own affair."""
+
+
+class Gate(nn.Linear):
+    """[..., hidden] of any dtype -> [..., experts] in the weight's; keeps x for backward as it came."""
+
+    def __init__(self, hidden_size: int, num_experts: int) -> None:
+        super().__init__(hidden_size, num_experts, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Widen, multiply."""
+        return _WideLinear.apply(x, self.weight)
+
+
+class _WideLinear(torch.autograd.Function):
+    """forward: x in the weight's dtype times the weight; backward: widens x again, no copy is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.to(weight.dtype), weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].flatten(0, -2)
+        of_x = (grad @ weight).to(x.dtype).view_as(x)
+        return of_x, grad.T @ x.to(weight.dtype).flatten(0, -2)
 
 
 class Router(nn.Module):
@@ -80,7 +109,7 @@ class Router(nn.Module):
         super().__init__()
         self.cfg, self.layer, self.seed = router, layer, 0
         self.num_experts, self.top_k = cfg.num_experts, cfg.experts_per_token
-        self.gate = linear(cfg.hidden_size, cfg.num_experts)
+        self.gate = Gate(cfg.hidden_size, cfg.num_experts)
         self.pool: Pool = LocalPool()
         self.memo: Memo | None = None
         """Set while a block runs that will be, or is being, computed again."""
@@ -110,10 +139,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, micro: Micro) -> Routing:
         """Route [rows, tokens/(cp tp), hidden]; in training, count and attach the balancing losses."""
-        wide = x.to(self.gate.weight.dtype)
-        if self.training and self.cfg.jitter:
-            wide = wide * self._jitter(x, micro)
-        logits = self.gate(wide).flatten(0, 1)
+        seen = x * self._jitter(x, micro) if self.training and self.cfg.jitter else x
+        logits = self.gate(seen).flatten(0, 1)
         memo, decision = self.memo, None if self.memo is None else self.memo.decision
         if decision is None:
             decision = self._decide(logits.detach(), x, micro)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kernels.permute import Sorting, permute, sort_choices, unpermute
 from model.config import ModelConfig
 from model.moe import Compute, Experts, MoE
-from model.router import Routing
+from model.router import Memo, Routing
 from model.transformer import Transformer
 from parallel.collectives import all_gather
 from parallel.mesh import Axis, Mesh
@@ -93,7 +93,8 @@ class _Trip(NamedTuple):
 class AllToAllDispatcher:
     """Sends each choice to the ranks that hold its expert; the local form's twin across ranks.
 
-    Reads split sizes on the host: one synchronisation a layer, for all groups, and none in backward.
+    Reads split sizes on the host: one synchronisation a layer, for all groups, and none in backward, where a
+    recomputed block takes the first pass's plan over.
     Without surplus over a replica's share no row leaves its EP group.
     """
 
@@ -101,11 +102,16 @@ class AllToAllDispatcher:
         self.num_experts, self.ep, self.groups = num_experts, mesh.ep, overlap_groups
         self.there, self.back = (mesh.exchange, mesh.etp), (mesh.exchange_back, mesh.etp_back)
         self.num_local_experts = num_experts // mesh.ep.size
+        self.memo: Memo | None = None
+        """As in Router."""
 
     def __call__(self, x: Tensor, routing: Routing, compute: Compute) -> Tensor:
         """[tokens, hidden] of this rank -> the same."""
-        places = self._places(routing).tensor_split(self.groups)
-        trips = self._plan(places)
+        trips = None if self.memo is None else self.memo.trips
+        if trips is None:
+            trips = self._plan(self._places(routing).tensor_split(self.groups))
+        if self.memo is not None:
+            self.memo.trips = trips
         parts = zip(x.tensor_split(self.groups), routing.weights.tensor_split(self.groups), strict=True)
         walks = [self._walk(*part, trip, compute) for part, trip in zip(parts, trips, strict=True)]
         return torch.cat(interleave(walks))

@@ -1,7 +1,8 @@
 """Activation recomputation: backward runs a block's forward pass again instead of keeping its tensors.
 
 `selective` carries over what attention would compute or communicate again: its (o, log-sum-exp) and the
-lightning states that enter each chunk. The router's decision is always carried over, and counted once.
+lightning states that enter each chunk. The router's decision is always carried over, and counted once; so is
+the plan by which choices travel.
 """
 
 from typing import Any
@@ -10,10 +11,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import SoftmaxAttention, SoftmaxCore
-from model.router import Memo
+from model.router import Memo, Router
 from model.transformer import Block, Transformer
 from parallel.config import Recompute
 from parallel.context import PrefixStateCore
+from parallel.expert import AllToAllDispatcher
 from parallel.mesh import Axis
 from parallel.ring import Kept, RingCore
 
@@ -35,7 +37,10 @@ class _Recomputed:
     """Forward pass of a block that keeps its input and, if `keeps`, what the core hands over."""
 
     def __init__(self, block: Block, *, keeps: bool) -> None:
-        self.inner, self.router = block.forward, block.moe.router
+        self.inner, dispatcher = block.forward, block.moe.dispatcher
+        self.deciding: list[Router | AllToAllDispatcher] = [block.moe.router]
+        if isinstance(dispatcher, AllToAllDispatcher):
+            self.deciding.append(dispatcher)
         core = block.mixer.core
         self.core = core if keeps and isinstance(core, RingCore | PrefixStateCore) else None
 
@@ -53,12 +58,14 @@ class _Pass:
 
     def __call__(self, x: Tensor, *arguments: Any) -> Tensor:
         owner = self.owner
-        owner.router.memo = self.memo
+        for part in owner.deciding:
+            part.memo = self.memo
         if owner.core is not None:
             owner.core.kept = self.kept
         try:
             return owner.inner(x, *arguments)
         finally:
-            owner.router.memo = None
+            for part in owner.deciding:
+                part.memo = None
             if owner.core is not None:
                 owner.core.kept = None

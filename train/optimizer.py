@@ -50,7 +50,7 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{key}={getattr(self, key)} must be a number >= 0")
         if not 0 < self.eps < math.inf:
             raise ValueError(
-                f"optimizer.eps={self.eps} must be a number above 0, such as 1e-8: moments of 0 are divided by it"
+                f"optimizer.eps={self.eps} must be a number above 0, such as 1e-8: it divides moments of 0"
             )
         if not self.max_grad_norm > 0:
             raise ValueError(

@@ -158,8 +158,8 @@ def doubts(stages: Sequence[Stage]) -> list[str]:
     if cfg.schedule.decay_tokens > total:
         first = stages[0].lr_at(cfg.batch.global_tokens, total)
         found.append(
-            f"schedule.decay_tokens={cfg.schedule.decay_tokens} is more than the run's {total} tokens: it begins "
-            f"in mid-decay, at a learning rate of {first:.3g}; decay_tokens=0 keeps the peak"
+            f"schedule.decay_tokens={cfg.schedule.decay_tokens} is more than the run's {total} tokens: it "
+            f"begins in mid-decay, at a learning rate of {first:.3g}; decay_tokens=0 keeps the peak"
         )
     if cfg.model.experts_per_token == 1:
         found.append(

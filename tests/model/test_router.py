@@ -13,7 +13,7 @@ from torch import Tensor
 from model.config import AuxNormalisation, AuxScope, Balancing, ModelConfig, Renormalise, RouterConfig, Scope
 from model.hashing import draw, uniform
 from model.moe import MoE
-from model.router import Micro, Router, Routing
+from model.router import Gate, Micro, Router, Routing
 from model.transformer import Transformer
 from parallel.apply import build_parts, parallelize
 from parallel.config import MoEConfig, ParallelConfig, Recompute
@@ -474,6 +474,20 @@ def test_recomputation_changes_nothing(options: dict[str, Any], backwards: list[
         for name, gradient in gradients.items():
             torch.testing.assert_close(again[name], gradient, rtol=1e-8, atol=1e-10, msg=f"{mode}: {name}")
         assert_close(counted, statistics)
+
+
+def test_the_gate_keeps_no_wide_copy_of_its_input() -> None:
+    """And computes what a linear map of the widened input does, bit for bit."""
+    gate, kept = Gate(24, 5), []
+    x = torch.randn(2, 7, 24, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(2, 7, 5)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        logits = gate(x)
+    assert [(t.dtype, t.shape) for t in kept if t.shape != gate.weight.shape] == [(x.dtype, x.shape)]
+    found = [logits, *torch.autograd.grad(logits, [x, gate.weight], grad)]
+    logits = F.linear(x.float(), gate.weight)
+    expected = [logits, *torch.autograd.grad(logits, [x, gate.weight], grad)]
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("mode", [Recompute.full, Recompute.selective])

@@ -255,7 +255,9 @@ def test_what_is_legal_but_seldom_meant_is_said(caplog: pytest.LogCaptureFixture
     cfg = load_config(composed("conf=hybrid_2b", "train.steps=20", "model.experts_per_token=1"))
     decay, gate = doubts(build_stages(cfg))
     tokens = 20 * cfg.batch.global_tokens
-    assert decay.startswith(f"schedule.decay_tokens={cfg.schedule.decay_tokens} is more than the run's {tokens}")
+    assert decay.startswith(
+        f"schedule.decay_tokens={cfg.schedule.decay_tokens} is more than the run's {tokens}"
+    )
     assert gate.startswith("model.experts_per_token=1: ")
     assert doubts(build_stages(load_config(composed("conf=hybrid_2b")))) == []
 
