@@ -27,7 +27,10 @@ class Dispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """Sorts the choices by expert on one process; reads how many were kept if there is a capacity."""
+    """Sorts the choices by expert on one process.
+
+    With a capacity or padding it reads how many are left on the host: one synchronisation a layer and pass.
+    """
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts

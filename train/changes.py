@@ -45,7 +45,9 @@ class Difference(NamedTuple):
         return f"{self.key}: {words[0]} -> {words[1]}" + (f"  [{self.kind}]" if self.kind else "")
 
 
-def judge_changes(manifest: Manifest, stages: Sequence[Stage], allowed: Sequence[Change]) -> None:
+def judge_changes(
+    manifest: Manifest, stages: Sequence[Stage], allowed: Sequence[Change], *, world_size: int
+) -> None:
     """Print what has changed since a checkpoint; stages that have not begun may change freely.
 
     Raises:
@@ -55,6 +57,13 @@ def judge_changes(manifest: Manifest, stages: Sequence[Stage], allowed: Sequence
     found = compare(manifest.part("config"), json.loads(json.dumps(asdict(last.cfg))), begun=last.number)
     for difference in found[:LINES]:
         log.info("changed since %s: %s", manifest.folder.name, difference)
+    rows = last.cfg.pool_rows(world_size)
+    if (before := manifest.facts.get("pool_rows", rows)) != rows:
+        log.info(
+            "changed since %s: batch.micro_rows * dp: %d -> %d: capacity and aux loss are taken over other "
+            "rows, so drops and loss differ from those of the run at %d",
+            manifest.folder.name, before, rows, before,
+        )  # fmt: skip
     refused = [each for each in found if each.kind is not None and each.kind not in allowed]
     if not refused:
         return

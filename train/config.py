@@ -139,6 +139,10 @@ class RunConfig:
         """Micro-batches of a step on each of dp data-parallel ranks."""
         return self.batch.global_tokens // (self.batch.row_tokens * self.batch.micro_rows * dp)
 
+    def pool_rows(self, world_size: int) -> int:
+        """Rows of a micro-batch on all dp ranks: those over which capacity and aux loss are taken."""
+        return self.batch.micro_rows * self.parallel.dp(world_size)
+
     def pool_groups(self, world_size: int) -> int:
         """EP groups that share their experts' capacity."""
         return self.router.groups_in_pool(self.parallel.edp(world_size))

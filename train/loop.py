@@ -130,6 +130,7 @@ def save(run: Run, mode: SaveMode) -> list[str]:
         "data": data,
         "health": run.health.state_dict(),
         "config": asdict(run.cfg),
+        "pool_rows": run.cfg.pool_rows(run.mesh.world_size),
         "torch": torch.__version__,
     }
     boxes = own_boxes(run.shards, run.optimizer, run.biases, run.mesh)

@@ -89,7 +89,7 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
         start = choose_start(run_dir, cfg.checkpoint, world, stop)
         stage = stage_of(stages, start.step)
         if start.resumed is not None:
-            judge_changes(start.resumed, stages, cfg.checkpoint.allow_changes)
+            judge_changes(start.resumed, stages, cfg.checkpoint.allow_changes, world_size=world.size)
         mesh = init_mesh(
             stage.cfg.parallel,
             device,

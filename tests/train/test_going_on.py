@@ -236,7 +236,7 @@ def changed(tmp_path: Path, now: RunConfig, *allowed: Change, before: RunConfig 
     folder = saved(tmp_path / str(len(list(tmp_path.iterdir()))), 3) / "step-3"
     write(folder, {**content_of(folder), "config": json.loads(json.dumps(asdict(cfg)))})
     try:
-        judge_changes(read_manifest(folder), build_stages(now), allowed)
+        judge_changes(read_manifest(folder), build_stages(now), allowed, world_size=now.parallel.tp)
     except ConfigError as error:
         return str(error)
     return ""
@@ -280,6 +280,19 @@ def test_changes_are_shown_and_judged(
         assert changed(tmp_path, now, *(set(Change) - {Change(kind)}))
 
 
+def test_other_rows_in_a_micro_batch_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Fewer ranks at equal micro_rows; equal rows on other ranks are the same micro-batch."""
+    caplog.set_level(logging.INFO)
+    now = config("conf=debug", SOURCES)
+    folder = saved(tmp_path, 3) / "step-3"
+    facts = {"config": json.loads(json.dumps(asdict(now))), "pool_rows": 4}
+    write(folder, {**content_of(folder), **facts})
+    judge_changes(read_manifest(folder), build_stages(now), [], world_size=2)
+    assert "micro_rows * dp" not in caplog.text
+    judge_changes(read_manifest(folder), build_stages(now), [], world_size=1)
+    assert "changed since step-3: batch.micro_rows * dp: 4 -> 2: capacity and aux loss" in caplog.text
+
+
 def test_stages_ahead_may_change(tmp_path: Path) -> None:
     before = config("conf=curriculum_small", "data.sources=[{path: a}]")
     for number, refused in ((0, True), (1, False)):
@@ -296,7 +309,7 @@ def test_fields_of_another_version_are_no_change(tmp_path: Path, caplog: pytest.
     del cfg["model"]["slope_rule"], cfg["health"]
     cfg["optimizer"]["gone"] = 1
     write(folder, {**content_of(folder), "config": cfg})
-    judge_changes(read_manifest(folder), build_stages(config("conf=debug", SOURCES)), [])
+    judge_changes(read_manifest(folder), build_stages(config("conf=debug", SOURCES)), [], world_size=1)
     assert "changed since" not in caplog.text
 
 
