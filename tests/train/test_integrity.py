@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from parallel.config import ParallelConfig
+from parallel.mesh import Mesh, init_mesh
 from parallel.pipeline import SingleStage
+from tests.dist import run_distributed
 from tests.parallel.harness import TINY, Case, alone, build
 from tests.train.forked import run_forked
 from tests.train.test_config import config
@@ -87,13 +89,30 @@ def test_swapped_words_and_blocks_change_the_hash(monkeypatch: pytest.MonkeyPatc
     assert digests([words]) != digests([words + changes])
 
 
-def guarded(every: int | None) -> tuple[StateGuard, torch.Tensor]:
-    """The guard of a small model on one process, and one of its router biases."""
-    case = Case(parallel=ParallelConfig(), dp=1, model=TINY, row_tokens=16, micro_rows=1, num_micro=1)
-    built = build(case, alone())
-    bias = torch.zeros(4)
+def guarded(every: int | None, mesh: Mesh | None = None, tp: int = 1) -> tuple[StateGuard, torch.Tensor]:
+    """The guard of a small model, and one of its router biases."""
+    case = Case(parallel=ParallelConfig(tp=tp), dp=1, model=TINY, row_tokens=16, micro_rows=1, num_micro=1)
+    built, bias = build(case, mesh or alone()), torch.zeros(4)
     biases = {"router.bias.0": bias}
     return StateGuard(built.shards, built.optimizer, biases, built.mesh, every=every), bias
+
+
+def check_parts(rank: int) -> None:
+    """Rank 1's bias differs after it has been found to be well."""
+    guard, bias = guarded(1, init_mesh(ParallelConfig(tp=2), "cpu"), tp=2)
+    guard.remember(1, saves=False)
+    guard.check()
+    guard.forget()
+    if rank == 1:
+        flip(bias)
+    guard.remember(2, saves=False)
+    with pytest.raises(DamagedStateError, match=r"tp ranks \[0, 1\] hold different bits: router\.bias\.0\."):
+        guard.check()
+
+
+def test_parts_that_tp_ranks_hold_of_a_tensor_are_no_replicas() -> None:
+    """They differ in a healthy run; router biases are alike."""
+    run_distributed(check_parts, 2)
 
 
 def test_what_is_remembered_stays_until_an_update() -> None:
