@@ -6,6 +6,8 @@ LOCK := requirements/$(if $(filter 0,$(GPUS)),cpu,cuda).lock
 # The demo's batch of 16 rows divides over 1, 2, 4 or 8 processes.
 PROCESSES := $(if $(filter 0,$(GPUS)),2,$(lastword $(foreach n,1 2 4 8,$(shell [ $(GPUS) -ge $(n) ] && echo $(n)))))
 PIP := .venv/bin/pip install --quiet --disable-pip-version-check
+# Of the demo: `make demo STEPS=300` trains longer.
+STEPS := 100
 export HF_HUB_OFFLINE := 1
 export PYTHONUNBUFFERED := 1
 
@@ -16,7 +18,7 @@ demo: .venv/runtime corpus/python.json
 	@run=runs/demo-$$(date +%Y%m%d-%H%M%S) && \
 	OMP_NUM_THREADS=$$(( $$(nproc) > $(PROCESSES) ? $$(nproc) / $(PROCESSES) : 1 )) \
 	.venv/bin/torchrun --standalone --nproc-per-node $(PROCESSES) train/pretrain.py conf=demo run_dir=$$run \
-	  batch.micro_rows=$(if $(filter 8,$(PROCESSES)),2,4) && \
+	  batch.micro_rows=$(if $(filter 8,$(PROCESSES)),2,4) train.steps=$(STEPS) && \
 	.venv/bin/python scripts/report.py $$run
 
 # Two files of tests at a time: many start processes of their own.

@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("conf", "data", "docs", "kernels", "model", "parallel", "scripts", "train", "LICENSE", "README.md")
+PARTS = (
+    "conf", "data", "docs", "kernels", "model", "parallel", "requirements", "scripts", "train", "LICENSE", "Makefile", "README.md",
+)  # fmt: skip
 
 
 def clone_repository(target: Path) -> Path:
