@@ -1,4 +1,4 @@
-"""Write RUN_DIR/report.html: loss, learning rate, throughput, expert load and drops of a run in one file."""
+"""Write RUN_DIR/report.html: loss, speed, memory, stages, checkpoints, experts and alerts of a run."""
 
 import sys
 from pathlib import Path
@@ -9,13 +9,15 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any, TypeVar
 
 import numpy as np
+import yaml
 
 from scripts.charts import SCRIPT, STYLE, Series, heat_map, line_chart, merge_columns, number, smooth
+from train.dashboards import Alert, ExpertWatch
 
 Row = TypeVar("Row")
 STATUS = {
@@ -48,6 +50,7 @@ class RunRecord:
     ending: tuple[str, str]
     torn: list[str]
     config: str
+    alerts: list[Alert]
 
 
 def read_jsonl(path: Path, parse: Callable[[Any], Row]) -> tuple[list[Row], bool]:
@@ -125,6 +128,12 @@ def metric_charts(rows: list[dict[str, float | None]]) -> str:
     add("grad_norm", "Gradient norm", log=True)
     add("tokens_per_second", "Throughput (tokens per second)")
     add("mfu", "Model FLOPs utilisation (%)", 100)
+    add("max_memory_gib", "Peak memory of rank 0 (GiB)")
+    add("stage", "Stage of the curriculum")
+    if len(set(column(rows, "row_tokens").y)) > 1:
+        add("row_tokens", "Row length (tokens)", log=True)
+    add("checkpoint_age_steps", "Checkpoint age (steps that a crash would lose)")
+    add("spike_score", "Spike score (deviations)", zero=False)
     add("aux_loss", "Load-balancing loss, before its coefficient", zero=False)
     add("z_loss", "Router z-loss, before its coefficient", zero=False)
     add("router_entropy", "Router entropy (nats)", zero=False)
@@ -253,14 +262,28 @@ def read_run(run_dir: Path) -> RunRecord:
     loads, torn_loads = read_jsonl(experts, parse_experts) if experts.is_file() else ([], False)
     if len({row.load.shape for row in loads}) > 1:
         raise ValueError(f"{experts}: the shape of load changes between lines; one file must hold one run")
+    text = config.read_text(encoding="utf-8") if config.is_file() else f"{config} does not exist"
     return RunRecord(
         name=run_dir.resolve().name,
         metrics=rows,
         experts=loads,
         ending=read_ending(run_dir),
         torn=[path.name for path, found in ((metrics, torn), (experts, torn_loads)) if found],
-        config=config.read_text(encoding="utf-8") if config.is_file() else f"{config} does not exist",
+        config=text,
+        alerts=alerts_of(rows, loads, text),
     )
+
+
+def alerts_of(rows: list[dict[str, float | None]], experts: list[ExpertRow], config: str) -> list[Alert]:
+    """Dead experts and drops, as the run warned of them by the limits in its configuration; none without."""
+    try:
+        limits = yaml.safe_load(config)["log"]
+        watch = ExpertWatch(dead_after=limits["dead_after"], max_drop_rate=limits["max_drop_rate"])
+    except (yaml.YAMLError, KeyError, TypeError):
+        return []
+    by_step = {row["step"]: row for row in rows if row.get("drop_rate") is not None}
+    fed = ((by_step[one.step], one) for one in experts if one.step in by_step)
+    return [alert for row, one in fed for alert in watch.feed(row, asdict(one))]
 
 
 def render(run: RunRecord) -> str:
@@ -269,6 +292,7 @@ def render(run: RunRecord) -> str:
     torn = "".join(
         f'<p class="warn">{name}: the last line is torn and was left out.</p>' for name in run.torn
     )
+    alerts = "".join(f'<p class="warn">{escape(f"{one.title}: {one.text}")}</p>' for one in run.alerts)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -277,7 +301,7 @@ def render(run: RunRecord) -> str:
 <p>{escape(note)}</p>{torn}</header>
 {tiles(run.metrics)}
 <div class="grid">{metric_charts(run.metrics)}</div>
-<h2>Experts</h2>{expert_section(run.experts)}
+{alerts}<h2>Experts</h2>{expert_section(run.experts)}
 <details><summary>Resolved configuration</summary><pre>{escape(run.config)}</pre></details>
 <div id="tip"></div><script>{SCRIPT}</script></body></html>
 """

@@ -6,7 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = (
-    "conf", "data", "docs", "kernels", "model", "parallel", "requirements", "scripts", "train", "LICENSE", "Makefile", "README.md",
+    "conf", "data", "docs", "kernels", "model", "parallel", "requirements", "scripts", "train",
+    "LICENSE", "Makefile", "README.md",
 )  # fmt: skip
 
 

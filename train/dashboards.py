@@ -19,8 +19,14 @@ from PIL import Image, ImageDraw
 
 log = logging.getLogger(__name__)
 
-EXPERT_KEYS = ("drop_rate", "max_violation", "moved_rate", "router_entropy", "aux_loss", "z_loss")
-"""Keys of a record that wandb shows under `moe/`, too."""
+PANELS = {
+    "moe": ("drop_rate", "max_violation", "moved_rate", "router_entropy", "aux_loss", "z_loss"),
+    "speed": ("tokens_per_second", "mfu", "max_memory_gib", "data_wait_ms", "slow_score"),
+    "curriculum": ("stage", "row_tokens", "global_tokens", "padding", "truncated_tokens"),
+    "checkpoint": ("checkpoint_age_steps", "checkpoint_seconds"),
+    "health": ("skipped", "spike_score"),
+}
+"""Keys of a record by the group of panels that shows them; the others are under `train/`."""
 MIN_MEAN_LOAD = 8
 """Choices an expert must have on average before an interval says anything: at a mean of 8, a healthy expert
 has none in one interval of 3000."""
@@ -139,22 +145,15 @@ class Dashboard:
             # over a pattern, so the axes themselves stay without one.
             for axis in ("train/tokens", "train/step"):
                 self.run.define_metric(axis)
-            for pattern in ("train/*", "moe/*"):
-                self.run.define_metric(pattern, step_metric="train/tokens")
+            for panel in ("train", *PANELS):
+                self.run.define_metric(f"{panel}/*", step_metric="train/tokens")
 
     def write(self, record: Mapping[str, Any], experts: Mapping[str, Any]) -> None:
-        """Log one record: everything under `train/`, expert figures and pictures under `moe/`."""
+        """Log one record: its numbers by panel, expert figures and pictures under `moe/`."""
         if self.run is None:
             return
-        values = {f"train/{key}": value for key, value in record.items()} | expert_values(record, experts)
-        load, dropped = (np.array(experts[key], dtype=float) for key in ("load", "dropped"))
-        bars = load_histogram(load)
-        maps = {
-            "moe/load_map": (heat_map(load_share(load), centre=1, limit=LOAD_LIMIT), "choices / layer mean")
-        }
-        if dropped.any():
-            picture = heat_map(_ratio(dropped, load), centre=0, limit=DROP_LIMIT)
-            maps["moe/drop_map"] = (picture, "dropped / choices")
+        values = panel_values(record) | expert_values(experts)
+        maps, bars = expert_maps(experts), load_histogram(np.array(experts["load"], dtype=float))
         with self._optional(f"step {record['step']}"):
             import wandb
 
@@ -186,11 +185,16 @@ class Dashboard:
             self.run = None
 
 
-def expert_values(record: Mapping[str, Any], experts: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers under `moe/`: the record's, the number of dead experts, and one curve a layer."""
+def panel_values(record: Mapping[str, Any]) -> dict[str, float | None]:
+    """A record's numbers as `PANEL/KEY`."""
+    panels = {key: panel for panel, keys in PANELS.items() for key in keys}
+    return {f"{panels.get(key, 'train')}/{key}": value for key, value in record.items()}
+
+
+def expert_values(experts: Mapping[str, Any]) -> dict[str, float]:
+    """More numbers under `moe/`: dead experts, and one curve a layer."""
     load, dropped = (np.array(experts[key], dtype=float) for key in ("load", "dropped"))
-    values = {f"moe/{key}": record[key] for key in EXPERT_KEYS if key in record}
-    values["moe/dead_experts"] = int((load == 0).sum())
+    values: dict[str, float] = {"moe/dead_experts": int((load == 0).sum())}
     curves: dict[str, Sequence[float]] = {
         "max_violation": experts.get("max_violation", []),
         "drop_rate": layer_drop_rates(load, dropped).tolist(),
@@ -200,6 +204,17 @@ def expert_values(record: Mapping[str, Any], experts: Mapping[str, Any]) -> dict
     for name, curve in curves.items():
         values |= {f"moe/{name}/layer_{layer:0{digits}}": value for layer, value in enumerate(curve)}
     return values
+
+
+def expert_maps(experts: Mapping[str, Any]) -> dict[str, tuple[Image.Image, str]]:
+    """Pictures under `moe/` with captions: loads, and drops where there are any."""
+    load, dropped = (np.array(experts[key], dtype=float) for key in ("load", "dropped"))
+    picture = heat_map(load_share(load), centre=1, limit=LOAD_LIMIT)
+    maps = {"moe/load_map": (picture, "choices / layer mean")}
+    if dropped.any():
+        picture = heat_map(_ratio(dropped, load), centre=0, limit=DROP_LIMIT)
+        maps["moe/drop_map"] = (picture, "dropped / choices")
+    return maps
 
 
 def layer_drop_rates(load: np.ndarray, dropped: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from train.dashboards import LOAD_LIMIT, expert_values, heat_map, load_share
+from train.dashboards import Alert, expert_maps, expert_values, panel_values
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ class EventFiles:
     def __init__(self, cfg: TensorboardConfig, run_dir: Path, step: int) -> None:
         """Go on after `step`: what an earlier start wrote of later steps is not shown."""
         self.writer: Any = None
+        self.step = step
+        """Of the newest record: where an alert is shown."""
         if cfg.mode is TensorboardMode.disabled:
             return
         try:
@@ -47,20 +49,32 @@ class EventFiles:
             )
 
     def write(self, record: Mapping[str, Any], experts: Mapping[str, Any]) -> None:
-        """Write one record: its numbers under `train/`, expert figures and a map of loads under `moe/`."""
+        """Write one record: its numbers by panel, expert figures and maps under `moe/`."""
         if self.writer is None:
             return
         step = record["step"]
-        values = {f"train/{key}": value for key, value in record.items() if value is not None}
-        picture = heat_map(load_share(np.array(experts["load"], dtype=float)), centre=1, limit=LOAD_LIMIT)
+        values = {key: value for key, value in panel_values(record).items() if value is not None}
+        self.step = step
+        maps = expert_maps(experts)
         try:
-            for key, value in (values | expert_values(record, experts)).items():
+            for key, value in (values | expert_values(experts)).items():
                 self.writer.add_scalar(key, value, step)
-            self.writer.add_image("moe/load_map", np.asarray(picture), step, dataformats="HWC")
+            for key, (picture, _) in maps.items():
+                self.writer.add_image(key, np.asarray(picture), step, dataformats="HWC")
             self.writer.flush()
         except OSError as error:
             log.warning("tensorboard is off, step %d failed: %s", step, error)
             self.writer = None
+
+    def alert(self, alert: Alert) -> None:
+        """Show one alert as a text."""
+        if self.writer is not None:
+            try:
+                self.writer.add_text(f"alerts/{alert.title}", alert.text, self.step)
+                self.writer.flush()
+            except OSError as error:
+                log.warning("tensorboard is off, an alert failed: %s", error)
+                self.writer = None
 
     def close(self) -> None:
         """End the files."""

@@ -193,6 +193,7 @@ class Recorder:
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
+            "stage": run.stage.number,
             "row_tokens": cfg.batch.row_tokens,
             "global_tokens": cfg.batch.global_tokens,
             "tokens_per_second": speed,

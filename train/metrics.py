@@ -108,7 +108,7 @@ def _without_nan(value: Any) -> Any:
 
 
 class MetricsWriter:
-    """Sends records to the files, the console, wandb and TensorBoard, and alerts to console and wandb."""
+    """Sends records to files, console, wandb and TensorBoard, and alerts to all of these but the files."""
 
     def __init__(
         self, run_dir: Path, *, log_config: LogConfig, console: Console, total_steps: int, step: int
@@ -159,9 +159,11 @@ class MetricsWriter:
             self.alert(alert)
 
     def alert(self, alert: Alert) -> None:
-        """Pass an alert on to wandb."""
+        """Pass an alert on to wandb and TensorBoard."""
         if self.dashboard is not None:
             self.dashboard.alert(alert)
+        if self.events is not None:
+            self.events.alert(alert)
 
     def close(self) -> None:
         """End the live display, the wandb run and TensorBoard's files."""

@@ -154,6 +154,28 @@ def test_router_figures_have_charts(tmp_path: Path) -> None:
         assert [p[2:] for p in points(charts[title], key)] == [[2, value]]
 
 
+def test_stages_memory_checkpoints_and_alerts_are_shown(tmp_path: Path) -> None:
+    rows = [
+        metrics_row(step, stage=step // 3, row_tokens=128 << step // 3, max_memory_gib=60.5,
+                    checkpoint_age_steps=step % 2, spike_score=1.5)
+        for step in range(1, 5)
+    ]  # fmt: skip
+    run_dir = write_run(tmp_path, rows, [experts_row(step) for step in range(1, 5)])
+    assert "Dead experts" not in page_of(run_dir)
+    (run_dir / "config.yaml").write_text("log: {dead_after: 3, max_drop_rate: null}\n")
+    page = page_of(run_dir)
+    charts = svgs(page)
+    for title, key, values in [
+        ("Stage of the curriculum", "stage", [0, 0, 1, 1]),
+        ("Row length (tokens)", "row_tokens", [128, 128, 256, 256]),
+        ("Peak memory of rank 0 (GiB)", "max_memory_gib", [60.5] * 4),
+        ("Checkpoint age (steps that a crash would lose)", "checkpoint_age_steps", [1, 0, 1, 0]),
+        ("Spike score (deviations)", "spike_score", [1.5] * 4),
+    ]:
+        assert [p[3] for p in points(charts[title], key)] == values, title
+    assert page.count("Dead experts: step 3: layer 1 expert 0: no choice in 3 intervals") == 1
+
+
 def test_long_runs_are_thinned_but_keep_their_spikes(tmp_path: Path) -> None:
     rows = [metrics_row(step, loss=2.0 + 1e-4 * (step % 7)) for step in range(1, 10_001)]
     rows[4567]["loss"], rows[7001]["loss"] = 9.0, 0.5
@@ -292,7 +314,7 @@ def test_command_runs_from_any_folder(tmp_path: Path) -> None:
     loss = metrics_row(1)["loss"]
     assert said == f"loss {loss:.4f} at step 1, {loss:.4f} at step 1\nwrote report.html\n"
     shown = subprocess.run([*command, "--help"], check=True, capture_output=True, text=True).stdout
-    assert "Write RUN_DIR/report.html: loss, learning rate" in " ".join(shown.split())
+    assert "Write RUN_DIR/report.html: loss, speed, memory" in " ".join(shown.split())
     assert tmp_path.name in unescape((run_dir / "report.html").read_text())
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import wandb
 from PIL import Image
 from rich.console import Console
 from wandb.proto import wandb_internal_pb2
@@ -58,6 +60,10 @@ def record_of(step: int, **changes: Any) -> dict[str, Any]:
         "z_loss": 0.75,
         "max_violation": 1.5,
         "skipped": 0,
+        "stage": step // 4,
+        "row_tokens": 256,
+        "checkpoint_age_steps": step - 1,
+        "spike_score": None,
         **changes,
     }
 
@@ -103,6 +109,7 @@ def write_run(run_dir: Path, records: list[tuple[dict[str, Any], dict[str, Any]]
     for record, experts in records:
         writer.write(record, experts)
     writer.close()
+    wandb.teardown()  # waits for wandb's own process, which writes the file
     (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
     return list(wandb_records(path))
 
@@ -136,8 +143,13 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
 def test_wandb_has_every_figure(offline: tuple[Path, list[Any]]) -> None:
     history = history_of(offline[1])
     assert [row["_step"] for row in history] == [1, 2, 3, 4, 5]
-    last = record_of(5)
-    assert {key: history[4][f"train/{key}"] for key in last} == last
+    shown = {key: value for key, value in history[4].items() if not key.startswith(("_", "moe/"))}
+    assert shown == {
+        "train/step": 5, "train/tokens": 20480, "train/loss": 2.5, "train/grad_norm": 0.5, "train/lr": 3e-4,
+        "speed/tokens_per_second": 1000.0, "speed/mfu": None, "speed/max_memory_gib": None,
+        "curriculum/stage": 1, "curriculum/row_tokens": 256, "checkpoint/checkpoint_age_steps": 4,
+        "health/skipped": 0, "health/spike_score": None,
+    }  # fmt: skip
     row = history[3]
     assert {key: value for key, value in row.items() if key.startswith("moe/") and "_map" not in key} == {
         "moe/drop_rate": 0.15625,
@@ -166,7 +178,9 @@ def test_wandb_has_every_figure(offline: tuple[Path, list[Any]]) -> None:
 def test_wandb_draws_over_tokens(offline: tuple[Path, list[Any]]) -> None:
     metrics = [record.metric for record in offline[1] if record.WhichOneof("record_type") == "metric"]
     axes = {metric.glob_name or metric.name: metric.step_metric for metric in metrics}
-    assert axes["train/*"] == axes["moe/*"] == "train/tokens"
+    panels = {key for key in axes if key.endswith("/*")}
+    assert panels == {"train/*", "moe/*", "speed/*", "curriculum/*", "checkpoint/*", "health/*"}
+    assert {axes[panel] for panel in panels} == {"train/tokens"}
     assert axes["train/tokens"] == axes["train/step"] == ""
 
 
@@ -188,6 +202,14 @@ def test_wandb_has_the_maps_as_files(offline: tuple[Path, list[Any]]) -> None:
     assert colours["moe/load_map"] == [[NEUTRAL, half_cold, COLD, HOT], [NEUTRAL] * 4]
     drops = [[NEUTRAL, NEUTRAL, UNKNOWN, between(NEUTRAL, HOT, 0.8)], [half_hot, *[NEUTRAL] * 3]]
     assert colours["moe/drop_map"] == drops
+
+
+def test_a_resume_goes_on_with_its_run(offline: tuple[Path, list[Any]], tmp_path: Path) -> None:
+    ids = {record.run.run_id for record in offline[1] if record.WhichOneof("record_type") == "run"}
+    shutil.copy(offline[0] / "wandb_id", tmp_path / "wandb_id")  # all that a resume finds of it
+    again = write_run(tmp_path, [(record_of(6), experts_of(6))])
+    assert {record.run.run_id for record in again if record.WhichOneof("record_type") == "run"} == ids
+    assert len(ids) == 1 and [row["_step"] for row in history_of(again)] == [6]
 
 
 def test_wandb_has_the_alerts(offline: tuple[Path, list[Any]]) -> None:
@@ -258,7 +280,7 @@ def test_our_own_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_layer_names_sort_and_older_records_pass() -> None:
     load = np.full((101, 2), 9).tolist()
-    values = expert_values({"step": 1, "loss": 1.0}, {"load": load, "dropped": np.zeros((101, 2)).tolist()})
+    values = expert_values({"load": load, "dropped": np.zeros((101, 2)).tolist()})
     curve = [key for key in values if key.startswith("moe/drop_rate/")]
     assert curve == sorted(curve) and curve[0] == "moe/drop_rate/layer_000"
     assert len(values) == 102 and values["moe/dead_experts"] == 0

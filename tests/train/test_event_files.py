@@ -11,7 +11,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.train.test_dashboards import LOAD, experts_of, record_of
-from train.dashboards import LOAD_LIMIT, heat_map, load_share
+from train.dashboards import LOAD_LIMIT, heat_map, load_share, panel_values
 from train.event_files import TensorboardConfig, TensorboardMode
 from train.metrics import LogConfig, MetricsWriter
 
@@ -36,14 +36,16 @@ def test_what_a_resume_leaves_behind_is_not_shown(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in seen.Scalars("train/loss")] == [
         (1, 5.0), (2, 4.5), (3, 4.0), (4, 3.5),
     ]  # fmt: skip
-    last = record_of(4, loss=3.5)
-    for key, value in last.items():
+    for key, value in panel_values(record_of(4, loss=3.5)).items():
         if value is not None:
-            assert seen.Scalars(f"train/{key}")[-1].value == pytest.approx(value, rel=1e-6), key
+            assert seen.Scalars(key)[-1].value == pytest.approx(value, rel=1e-6), key
     assert seen.Scalars("moe/dead_experts")[-1].value == 1
     shown = np.asarray(Image.open(io.BytesIO(seen.Images("moe/load_map")[-1].encoded_image_string)))
     drawn = heat_map(load_share(np.array(LOAD, dtype=float)), centre=1, limit=LOAD_LIMIT)
     np.testing.assert_array_equal(shown, np.asarray(drawn))
+    (alert,) = seen.Tensors("alerts/Dead experts/text_summary")
+    (text,) = alert.tensor_proto.string_val
+    assert alert.step == 3 and b"layer 0 expert 2: no choice in 3 intervals" in text
 
 
 def test_without_the_package_the_run_goes_on(

@@ -24,7 +24,7 @@ METRICS = {
     "step", "tokens", "loss", "aux_loss", "grad_norm", "lr", "row_tokens", "global_tokens",
     "tokens_per_second", "mfu", "max_memory_gib", "drop_rate", "max_violation", "skipped",
     "moved_rate", "router_entropy", "z_loss", "padding", "data_wait_ms",
-    "truncated_tokens", "spike_score", "slow_score", "checkpoint_seconds", "checkpoint_age_steps",
+    "truncated_tokens", "spike_score", "slow_score", "checkpoint_seconds", "checkpoint_age_steps", "stage",
 }  # fmt: skip
 
 
