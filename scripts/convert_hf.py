@@ -28,8 +28,8 @@ from scripts.hf_tensors import CHUNK, DTYPES, INDEX, Stored, find_tensors, read_
 from scripts.hf_tokenizer import copy_tokenizer, export_tokenizer
 from scripts.load_model import model_config, open_checkpoint
 from train.manifest import Manifest
-from train.restore import read_boxes
-from train.storage import Box, CheckpointError, Part, Written, commit, file_name
+from train.restore import read_boxes, verify
+from train.storage import Box, CheckpointError, Part, Written, commit, file_name, free_bytes, no_room
 from train.tensor_file import CODES, Form, TensorFileWriter, by_alignment
 
 NAMED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0; 2 for what cannot be converted."""
     args = parse_args(argv)
     try:
+        if args.shard_bytes < 1:
+            raise ConversionError(f"--shard-bytes {args.shard_bytes} must be at least 1")
         if args.action == "import":
             import_model(args.hf, args.output, shard_bytes=args.shard_bytes)
         else:
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 tokenizer=args.tokenizer,
                 shard_bytes=args.shard_bytes,
             )
-    except (ConversionError, CheckpointError) as error:
+    except (ConversionError, CheckpointError, OSError) as error:
         print(f"convert_hf: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -92,7 +94,7 @@ def import_model(hf: Path, output: Path, *, shard_bytes: int) -> None:
         parameters[f"model.{parameter}"] = list(parts)
     dtypes = {name: stored[parts[0].name].dtype for name, parts in parameters.items()}
     sizes = {name: sum(stored[part.name].size for part in parts) for name, parts in parameters.items()}
-    with new_folder(output) as folder:
+    with new_folder(output, sum(sizes.values())) as folder:
         progress, files = Progress(sum(sizes.values())), []
         for number, names in enumerate(shards(sizes, shard_bytes)):
             forms = {name: Form(dtypes[name], global_shape(parameters[name])) for name in names}
@@ -158,16 +160,18 @@ def export_model(
 
     Raises:
         ConversionError: the layout cannot express the model, or output is there already.
-        CheckpointError: the checkpoint is not readable.
+        CheckpointError: the checkpoint is not as it was written.
     """
     source = open_checkpoint(checkpoint)
     manifest, cfg = source.manifest, model_config(source)
+    if problems := verify(source.folder):
+        raise CheckpointError(problems[0])
     check_biases(manifest)
     plan = {piece.name: piece for piece in pieces(cfg)}
     dtypes = piece_dtypes(manifest, plan.values(), layout=layout, dtype=dtype)
     sizes = {name: math.prod(piece.shape) * dtypes[name].itemsize for name, piece in plan.items()}
     usual = dtypes["model.embed_tokens.weight"]
-    with new_folder(output) as folder:
+    with new_folder(output, sum(sizes.values())) as folder:
         carried, warnings = export_tokenizer(manifest, folder, tokenizer)
         text, more = write_config(cfg, layout, dtype=str(usual).removeprefix("torch."), carried=carried)
         (folder / "config.json").write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
@@ -184,8 +188,16 @@ def export_model(
             progress.wrote(path.name, len(names), writer.size)
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(card(output.name, layout, manifest.step, more), encoding="utf-8")
         folder.rename(output)
     warn([*warnings, *more])
+
+
+def card(name: str, layout: Layout, step: int, warnings: Sequence[str]) -> str:
+    """README.md of an export: what it is, and what its readers will do otherwise."""
+    reader = "AutoModelForCausalLM" if layout is Layout.transformers else "MiniMax's own code"
+    text = f"# {name}\nStep {step} of a Longspan run, exported for {reader} (`--layout {layout}`).\n"
+    return text + "".join(f"\n**WARNING: {warning}**\n" for warning in warnings)
 
 
 def check_biases(manifest: Manifest) -> None:
@@ -256,18 +268,20 @@ def shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
 
 
 @contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that becomes it at the end, or is removed.
+def new_folder(output: Path, size: int) -> Iterator[Path]:
+    """A folder beside `output` that becomes it at the end, or is removed; `size` bytes will be written.
 
     Raises:
-        ConversionError: output exists.
+        ConversionError: output exists, or has no room.
     """
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise ConversionError(f"--output {output}: exists; give another folder or remove it")
     folder = output.with_name(f".tmp-{output.name}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
+        if (free := free_bytes(folder)) < size:
+            raise ConversionError(f"--output {output}: {no_room(size, free)}")
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

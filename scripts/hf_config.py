@@ -102,8 +102,8 @@ def read_config(config: Config, file: str) -> Imported:
     """
     layout = _layout(config, file)
     values: dict[str, Any] = {ours: _integer(config, theirs, file) for ours, theirs in SIZES.items()}
-    head_dim = config.get("head_dim")
-    values["head_dim"] = head_dim or values["hidden_size"] // values["num_heads"]
+    own = values["hidden_size"] // values["num_heads"]
+    values["head_dim"] = _integer({"head_dim": own, **_given(config, "head_dim")}, "head_dim", file)
     values["norm_eps"] = _number(config, "rms_norm_eps", file)
     values["layer_types"] = _layer_types(config, layout, file)
     values["slope_rule"] = SlopeRule(layout)
@@ -209,7 +209,7 @@ def _check_slopes(cfg: ModelConfig, layout: Layout) -> None:
 
 def _layout(config: Config, file: str) -> Layout:
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise ConversionError(
             f"{file}: model_type={kind} (architectures={config.get('architectures')}) is no MiniMax-01 "
             f"model; known: {', '.join(MODEL_TYPES)}"
@@ -223,17 +223,22 @@ def _required(config: Config, key: str, file: str) -> Any:
     return config[key]
 
 
+def _given(config: Config, *keys: str) -> Config:
+    """The keys that have a value."""
+    return {key: config[key] for key in keys if config.get(key) is not None}
+
+
 def _integer(config: Config, key: str, file: str) -> int:
     value = _required(config, key, file)
-    if type(value) is not int:
-        raise ConversionError(f"{file}: {key}={value!r} must be an integer")
+    if type(value) is not int or value < 1:
+        raise ConversionError(f"{file}: {key}={value!r} must be an integer, at least 1")
     return value
 
 
 def _number(config: Config, key: str, file: str) -> float:
     value = _required(config, key, file)
-    if type(value) not in (int, float):
-        raise ConversionError(f"{file}: {key}={value!r} must be a number")
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ConversionError(f"{file}: {key}={value!r} must be a finite number")
     return float(value)
 
 
@@ -265,16 +270,18 @@ def _alpha(config: Config, layout: Layout, values: Config, file: str) -> float |
 def _rotary(config: Config, head_dim: int, file: str) -> dict[str, Any]:
     """rotary_dim and rope_theta: on top in text01 and older files, in rope_parameters in newer ones."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ConversionError(f"{file}: rope_parameters={rope!r} must be an object of keys and values")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ConversionError(f"{file}: rope_type={kind}: this model has only unscaled RoPE (default)")
     theta = _number({**config, **rope}, "rope_theta", file)
-    factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    said = set() if factor is None else {round(factor * head_dim)}
-    said |= {config["rotary_dim"]} if config.get("rotary_dim") is not None else set()
+    factor = _given({**config, **rope}, "partial_rotary_factor")
+    said = {round(_number(factor, key, file) * head_dim) for key in factor}
+    said |= {_integer(config, key, file) for key in _given(config, "rotary_dim")}
     if len(said) > 1:
         raise ConversionError(
-            f"{file}: rotary_dim={config['rotary_dim']} and partial_rotary_factor={factor} of "
-            f"head_dim={head_dim} disagree; keep one of them"
+            f"{file}: rotary_dim={config['rotary_dim']} and partial_rotary_factor="
+            f"{factor['partial_rotary_factor']} of head_dim={head_dim} disagree; keep one of them"
         )
     return {"rotary_dim": said.pop() if said else head_dim, "rope_theta": theta}

@@ -55,7 +55,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
 
     Raises:
         ConversionError: no index, a file that is missing or no safetensors, a tensor that is not where the
-            index says.
+            index says or that it does not name.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -68,15 +68,22 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     if not isinstance(places, dict) or not places:
         raise ConversionError(f"{index}: has no weight_map; take the index from where the model came from")
     files: dict[str, dict[str, Stored]] = {}
-    for name in sorted({str(file) for file in places.values()}):
-        if Path(name).name != name:
+    for name in places.values():
+        if not isinstance(name, str) or not name.strip(".") or Path(name).name != name:
             raise ConversionError(f"{index}: names {name!r}, which is not a file beside it")
+    for name in sorted(set(places.values())):
         files[name] = read_header(folder / name)
     found = {}
     for tensor, name in places.items():
         if tensor not in files[name]:
             raise ConversionError(f"{folder / name}: has no tensor {tensor}, which {INDEX} says is there")
         found[tensor] = files[name][tensor]
+    for name, tensors in files.items():
+        if lost := sorted(set(tensors) - set(found)):
+            raise ConversionError(
+                f"{folder / name}: holds {lost[0]} (one of {len(lost)}), which {INDEX} does not name; take "
+                "the index from where the model came from"
+            )
     return found
 
 
@@ -115,8 +122,8 @@ def read_json(path: Path) -> dict:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path}: not readable: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConversionError(f"{path}: not readable: {error}; copy the file again") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path}: holds no JSON object")
     return content
