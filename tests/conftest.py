@@ -36,7 +36,8 @@ def license_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How many random layouts tests/parallel/test_layout_fuzz.py tries, and which."""
+    """How many random layouts tests/parallel/test_layout_fuzz.py tries, and which; data of tests/kernels."""
+    parser.addoption("--data-seed", type=int, default=0, help="other random data in tests/kernels")
     group = parser.getgroup("layouts")
     group.addoption("--layouts", type=int, default=12, help="random layouts to try")
     group.addoption("--layout-seed", type=int, default=0, help="seed that they are drawn from")

@@ -1,9 +1,15 @@
-"""Kernel tests see NaN in memory that nobody has written."""
+"""Kernel tests see NaN in memory that nobody has written, and other data with --data-seed."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.kernels.harness import Draw
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    Draw.seed = config.getoption("--data-seed")
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,17 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cu
 Op = Callable[..., Any]
 
 
+class Draw:
+    """What random data depends on besides each tensor's own seed."""
+
+    seed = 0
+    """Of the option --data-seed: other data in every run that wants them."""
+
+
 def random_tensor(*shape: int, seed: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
-    """Normal numbers on DEVICE, the same on every machine."""
-    numbers = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    """Normal numbers on DEVICE, the same on every machine for the same --data-seed."""
+    draw = torch.Generator().manual_seed(seed + 1000 * Draw.seed)
+    numbers = torch.randn(*shape, dtype=torch.float64, generator=draw)
     return (numbers * scale).to(DEVICE, dtype)
 
 
@@ -71,7 +79,8 @@ def check_against_twin(
         allowed = errors(expected, right)
         for mine, theirs in zip(errors(actual, right), allowed, strict=True):
             bound = error_bound(theirs, actual.dtype)
-            assert mine <= bound, f"value {number}: error {mine:.3g}, twin's {theirs:.3g}"
+            told = f"value {number}, --data-seed {Draw.seed}"
+            assert mine <= bound, f"{told}: error {mine:.3g}, twin's {theirs:.3g}"
 
 
 def error_bound(theirs: float, dtype: torch.dtype) -> float:

@@ -96,13 +96,14 @@ def test_segments_side_by_side(segments: int) -> None:
     [(c, d) for c in CONFIGS for d in DTYPES if c.chunk <= 32 or d is not torch.float32],
 )
 def test_every_config(config: Config, dtype: torch.dtype) -> None:
-    compare(130, [[70, 71]], heads=1, size=32, config=config, dtype=dtype)
+    """One document over whole chunks, heads that forget at once and hardly ever."""
+    compare(3 * config.chunk + 9, [[5]], heads=3, size=32, config=config, dtype=dtype)
     if ON_GPU:
         for size in (64, 128):
             compare(1000, [[70, 71, 500], [999]], heads=3, size=size, config=config, dtype=dtype, segments=2)
 
 
-@pytest.mark.parametrize("size", [48, *([80, 96, 128, 192, 256] if ON_GPU else [])])
+@pytest.mark.parametrize("size", [48, *([80, 96, 112, 128, 144, 192, 240, 256] if ON_GPU else [])])
 def test_head_sizes(size: int) -> None:
     for dtype in DTYPES:
         compare(70, [[9]], heads=1, size=size, dtype=dtype, config=None)
@@ -117,6 +118,27 @@ def test_long_rows(dtype: torch.dtype) -> None:
     compare(8191, starts, heads=8, size=128, dtype=dtype, config=None, segments=None, slowest=5e-5)
     if dtype is not torch.float32:
         compare(8191, starts, heads=64, size=128, dtype=dtype, config=None, segments=None)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="20 GB of memory")
+def test_past_2_to_the_31_entries() -> None:
+    """The last document of a row that is too long for 32 bits, against the same one alone."""
+    tokens, last, heads, size = 704 * 128, 1000, 64, 128
+    slopes = slopes_of(heads)
+    packed = torch.zeros(1, tokens, heads, 3 * size, dtype=torch.bfloat16, device=DEVICE)
+    packed[:, -last:] = random_tensor(1, last, heads, 3 * size, seed=11, dtype=torch.bfloat16)
+    assert packed.numel() > 2**31
+    upstream = random_tensor(1, last, heads, size, seed=12, dtype=torch.bfloat16)
+    found = []
+    for piece, starts in ((packed, [tokens - last]), (packed[:, -last:].clone(), [])):
+        documents = documents_of(piece.shape[1], starts)
+        leaves = [x.detach().requires_grad_() for x in piece.chunk(3, -1)]
+        o = lightning_attention_triton(*leaves, slopes, documents.positions)
+        state = lightning_end_state_triton(*leaves[1:], slopes, documents.positions)
+        grads = torch.autograd.grad(o[:, -last:], leaves, upstream)
+        found.append([o[:, -last:].detach(), state.detach(), *(x[:, -last:] for x in grads)])
+    for mine, right in zip(*found, strict=True):
+        torch.testing.assert_close(mine, right, rtol=0.02, atol=0.02 * float(right.abs().max()))
 
 
 def test_without_initial_state_and_with_parts_of_one_tensor() -> None:

@@ -27,6 +27,25 @@ def test_large_gates_stay_finite() -> None:
     check_against_twin(swiglu_triton, swiglu_by_halves, [gate_up, scale], dtype=torch.float32)
 
 
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="20 GB of memory")
+def test_past_2_to_the_31_entries() -> None:
+    """The last rows of a tensor that is too large for 32 bits, against these rows alone."""
+    ffn = 9216
+    tokens, last = 2**31 // (2 * ffn) + 100, 50
+    gate_up = torch.zeros(tokens, 2, ffn, dtype=torch.bfloat16, device=DEVICE)
+    gate_up[-last:] = random_tensor(last, 2, ffn, seed=5, dtype=torch.bfloat16)
+    scale = random_tensor(tokens, seed=6, dtype=torch.float32)
+    found = []
+    for rows in (slice(None), slice(tokens - last, None)):
+        leaves = [x[rows].detach().requires_grad_() for x in (gate_up, scale)]
+        y = swiglu_triton(*leaves)
+        grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+        found.append([x[-last:].detach().clone() for x in (y, *grads)])
+    for mine, right in zip(*found, strict=True):
+        assert right.any()
+        assert torch.equal(mine, right)
+
+
 def test_gradients_with_any_strides_and_no_rows() -> None:
     gate_up, scale = random_tensor(5, 2, 8, seed=1).requires_grad_(), random_tensor(5, seed=2)
     found, expected = (
