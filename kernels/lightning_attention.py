@@ -474,6 +474,7 @@ def _scan(
         to_end = tl.where(is_tail, tl.exp2(-slope * tl.maximum(length - 1 - i, 0)), 0.0)
 
         scaled = z_tile * (to_head if REVERSE else to_end)[:, None]
+        narrow = scaled.to(z_tile.dtype)  # here: later it costs registers, and the backward pass spills
         if HAS_OUT:
             x_tile = x.load([row, head, t0, 0]).reshape(C, Y)
             products = tl.dot(x_tile, tl.trans(y_tile), input_precision="ieee")
@@ -489,7 +490,6 @@ def _scan(
             products = tl.where(seen, products, 0.0).to(z_tile.dtype)
             result = tl.dot(products, z_tile, result, input_precision="ieee")
             out.store([row, head, t0, block * Z], result.to(z_tile.dtype).reshape(1, 1, C, Z))
-        narrow = scaled.to(z_tile.dtype)
         if IS_EXACT or z_tile.dtype == tl.float32:
             # The chunk's own sum starts from 0: its roundings are then small beside the state's last bit. A
             # plain + would move the state into the product's accumulator.
