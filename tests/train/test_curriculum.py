@@ -3,6 +3,7 @@
 import json
 import random
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from data.dataset import DatasetWriter
 from data.mixture import Mixture
 from parallel.mesh import one_process
 from tests.train.test_config import config
-from tests.train.test_pretrain import ROOT, column, command, ending, launch, lines
+from tests.train.test_pretrain import ROOT, column, ending, launch, lines
 from train.build import build_data
 from train.config import ConfigError, RunConfig
 from train.curriculum import LrShape, StageConfig, StageLayout
@@ -172,22 +173,17 @@ def test_the_program_shows_the_published_recipe() -> None:
     ]
 
 
-def staged(run_dir: Path, *overrides: str, processes: int = 0) -> list[str]:
-    """The command, with a program that also writes what each step reads."""
-    arguments = ("conf=curriculum_small", f"run_dir={run_dir}", "checkpoint.keep=null", *overrides)
-    entry, recorder = str(ROOT / "train/pretrain.py"), str(ROOT / "tests/train/record_rows.py")
-    return [recorder if part == entry else part for part in command(*arguments, processes=processes)]
+RECORDER = ROOT / "tests/train/record_rows.py"
+"""The program; it also writes what each step reads."""
+
+
+def staged(run_dir: Path, *overrides: str) -> list[str]:
+    return ["conf=curriculum_small", f"run_dir={run_dir}", "checkpoint.keep=null", *overrides]
 
 
 def small(run_dir: Path, *overrides: str, processes: int = 0) -> None:
-    done = subprocess.run(
-        staged(run_dir, *overrides, processes=processes),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = launch(*staged(run_dir, *overrides), processes=processes, program=RECORDER)
+    assert not any(done.codes), done.said
 
 
 def rows_read(run_dir: Path) -> dict[int, list[str]]:
@@ -264,7 +260,7 @@ def test_killed_at_random_it_is_bitwise_the_same(whole: Path, tmp_path: Path) ->
     run_dir = tmp_path / "killed"
     for least in records:
         process = subprocess.Popen(
-            staged(run_dir, "checkpoint.every=1"),
+            [sys.executable, str(RECORDER), *staged(run_dir, "checkpoint.every=1")],
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -326,10 +322,10 @@ def test_a_stage_on_another_layout_ends_the_process_and_the_same_command_goes_on
     arguments = ("conf=curriculum_small", f"run_dir={run_dir}", "train.steps=9")
     arguments = (*arguments, "curriculum.0.micro_rows=2", "curriculum.1.parallel.cp=2")
     first = launch(*arguments, processes=2)
-    assert first.returncode != 0  # torchrun says 1; the sentinel says why
+    assert first.codes == [75, 75]
     name, found = ending(run_dir)
     assert (name, found["code"], found["step"]) == ("REQUEUE", 75, 6) and "1024" in found["reason"]
     second = launch(*arguments, processes=2)
-    assert second.returncode == 0, second.stdout + second.stderr
+    assert second.codes == [0, 0], second.said
     assert ending(run_dir)[0] == "DONE"
     assert column(run_dir, "loss") == pytest.approx(column(whole, "loss")[:9], rel=1e-5)

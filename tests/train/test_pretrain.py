@@ -6,19 +6,22 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.numpy import load_file
 
 from data.dataset import DatasetWriter
+from parallel.pipeline import SingleStage
+from tests.train.forked import ROOT, launch, pretrain
+from tests.train.jobs import command
 
-ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("golden_debug.json")
 METRICS = {
     "step", "tokens", "loss", "aux_loss", "grad_norm", "lr", "row_tokens", "global_tokens",
@@ -26,27 +29,6 @@ METRICS = {
     "moved_rate", "router_entropy", "z_loss", "padding", "data_wait_ms",
     "truncated_tokens", "spike_score", "slow_score", "checkpoint_seconds", "checkpoint_age_steps", "stage",
 }  # fmt: skip
-
-
-def command(*overrides: str, processes: int = 0) -> list[str]:
-    """The literal command; without `processes`, plain python."""
-    launcher = [sys.executable]
-    if processes:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*launcher, str(ROOT / "train/pretrain.py"), *overrides]
-
-
-def launch(*overrides: str, processes: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*overrides, processes=processes), cwd=cwd, capture_output=True, text=True, timeout=240
-    )
-
-
-def pretrain(*overrides: str, processes: int = 0, cwd: Path = ROOT) -> str:
-    """Run to a good end; what it printed."""
-    result = launch(*overrides, processes=processes, cwd=cwd)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
 
 
 def lines(run_dir: Path, name: str = "metrics") -> list[dict]:
@@ -73,7 +55,7 @@ def tensors(checkpoint: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def base(license_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[str]]]:
-    """A finished one-process debug run with a checkpoint in the middle, and the overrides that made it."""
+    """A finished debug run of plain python, a checkpoint in its middle, and the overrides that made it."""
     run_dir = tmp_path_factory.mktemp("runs") / "base"
     overrides = [
         "conf=debug",
@@ -83,7 +65,7 @@ def base(license_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         "eval.every=10",
         "data.eval_fraction=0.1",
     ]
-    pretrain(*overrides, f"run_dir={run_dir}")
+    subprocess.run(command(*overrides, f"run_dir={run_dir}"), cwd=ROOT, check=True, timeout=240)
     yield run_dir, overrides
 
 
@@ -267,38 +249,25 @@ def start_and_wait(*arguments: str, run_dir: Path, processes: int = 0) -> subpro
     return process
 
 
+def poison_third_step(rank: int) -> None:
+    """A fault for launch: a NaN in one gradient."""
+    inner, calls = SingleStage.forward_backward, []
+
+    def poisoned(self: SingleStage, *arguments: Any) -> torch.Tensor:
+        loss = inner(self, *arguments)
+        calls.append(1)
+        if len(calls) == 3:
+            list(self.model.parameters())[3].grad.view(-1)[0] = float("nan")
+        return loss
+
+    SingleStage.forward_backward = poisoned
+
+
 def test_non_finite_gradients_skip_one_step(base: tuple[Path, list[str]], tmp_path: Path) -> None:
     """A NaN in one gradient at step 3 leaves weights, moments and update count alone."""
-    code = (
-        "import sys; sys.argv[0] = 'pretrain'\n"
-        "from parallel.pipeline import SingleStage\n"
-        "inner, calls = SingleStage.forward_backward, []\n"
-        "def poisoned(self, *arguments):\n"
-        "    loss = inner(self, *arguments)\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 3:\n"
-        "        list(self.model.parameters())[3].grad.view(-1)[0] = float('nan')\n"
-        "    return loss\n"
-        "SingleStage.forward_backward = poisoned\n"
-        "import runpy; runpy.run_path('train/pretrain.py', run_name='__main__')\n"
-    )
-    arguments = [
-        *base[1],
-        f"run_dir={tmp_path}",
-        "checkpoint.every=1",
-        "checkpoint.keep=null",
-        "train.steps=4",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=ROOT,
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    saves = ["checkpoint.every=1", "checkpoint.keep=null", "train.steps=4"]
+    result = launch(*base[1], f"run_dir={tmp_path}", *saves, fault=poison_third_step)
+    assert result.codes == [0], result.said
     assert re.search(r"step 3: non-finite on rank 0: gradient of blocks\.0\.\S+$", result.stdout, re.M)
     assert [record["skipped"] for record in lines(tmp_path)] == [0, 0, 1, 0]
     assert np.isnan(column(tmp_path, "grad_norm")).tolist() == [False, False, True, False]
@@ -364,7 +333,7 @@ def test_wrong_inputs_end_with_one_line(
 
 def test_world_size_that_does_not_divide(base: tuple[Path, list[str]], tmp_path: Path) -> None:
     result = launch(*base[1], "batch.micro_rows=1", f"run_dir={tmp_path}", processes=3)
-    assert result.returncode == 1  # torchrun's own
+    assert result.codes == [2, 2, 2]
     assert result.stderr.count("error: batch.global_tokens=1024 must be a multiple of") == 1
     assert ending(tmp_path)[1]["code"] == 2
 
@@ -397,15 +366,16 @@ def test_wandb_offline_keeps_one_run_over_a_resume(base: tuple[Path, list[str]],
     assert len(folders) == 2 and all(name.endswith(identifier.strip()) for name in folders)
 
 
-def test_wandb_that_fails_does_not_stop_the_run(base: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_wandb_that_fails_does_not_stop_the_run(
+    base: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Online without a key: a warning, and all the files."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    environment |= {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    result = subprocess.run(
-        command(*base[1], f"run_dir={tmp_path}/run", "wandb.mode=online", "train.steps=2"),
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    for key in filter(lambda key: key.startswith("WANDB"), list(os.environ)):
+        monkeypatch.delenv(key)
+    variables = {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    arguments = [*base[1], f"run_dir={tmp_path}/run", "wandb.mode=online", "train.steps=2"]
+    result = launch(*arguments, variables=variables)
+    assert result.codes == [0], result.said
     assert "wandb is off" in result.stdout + result.stderr
     assert len(lines(tmp_path / "run")) == 2
 

@@ -3,20 +3,17 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.train.test_pretrain import pretrain
+from tests.train.forked import ROOT, Ended, launch, pretrain
 from train.manifest import read_manifest
 from train.restore import verify
 from train.storage import Box, checksum, commit, write_shard
 
-ROOT = Path(__file__).resolve().parents[2]
 SHARD = "rank-00001.safetensors"
 
 
@@ -40,9 +37,8 @@ def edit_manifest(path: Path) -> None:
     path.write_text(json.dumps({**manifest, "step": 7}))
 
 
-def script(action: str, path: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts/checkpoint.py"), action, str(path)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+def script(action: str, path: Path) -> Ended:
+    return launch(action, str(path), program=ROOT / "scripts/checkpoint.py", timeout_s=60)
 
 
 @pytest.mark.parametrize(

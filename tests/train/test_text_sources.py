@@ -104,11 +104,10 @@ def test_what_cannot_be_used_ends_all_ranks_with_one_message(
     source: str, message: str, folder: Path, tmp_path: Path
 ) -> None:
     source, message = (text.replace("FOLDER", str(folder)) for text in (source, message))
-    ranks = two_processes(*arguments(folder, tmp_path / "run", source), stderr=tmp_path / "said")
-    assert [rank.wait(120) for rank in ranks] == [2, 2]
-    said = [(tmp_path / f"said-{rank}").read_text() for rank in "01"]
-    errors = [line for text in said for line in text.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and message in errors[0] and "Traceback" not in said[0] + said[1], said
+    result = launch(*arguments(folder, tmp_path / "run", source), processes=2, timeout_s=120)
+    assert result.codes == [2, 2]
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in result.stderr, result.err
     assert ending(tmp_path / "run")[1]["code"] == 2
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
