@@ -14,9 +14,8 @@ import pytest
 
 from data.tokenizer import train_tokenizer
 from parallel.mesh import JoinError, join_job
-from tests.parallel.test_rank_failure import workers
+from tests.train.jobs import is_running, workers
 from tests.train.test_pretrain import ROOT, command, ending, lines
-from tests.train.test_watchdog import is_running
 from train.storage import checkpoints_in
 
 HOLD = str(ROOT / "tests/train/hold_rank.py")

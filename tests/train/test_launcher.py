@@ -3,71 +3,15 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from parallel.mesh import JoinError, join_job
-from tests.parallel.test_rank_failure import workers
 from tests.train.forked import run_forked
-from tests.train.test_pretrain import ROOT
+from tests.train.jobs import Job, arguments, workers
 from tests.train.test_resume import outcome
-from tests.train.test_watchdog import is_running
-
-LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
-class Job:
-    """A torchrun of two processes, what it says, and all ranks that it ever had."""
-
-    def __init__(
-        self, folder: Path, *arguments: str, options: Sequence[str] = (), launcher: Sequence[str] = LAUNCHER,
-        **variables: str,
-    ) -> None:  # fmt: skip
-        self.run_dir, self.said = folder / "run", folder / "said.txt"
-        full = [sys.executable, *launcher, *options, str(ROOT / "train/pretrain.py"), *arguments]
-        with self.said.open("a") as file:
-            self.process = subprocess.Popen(
-                [*full, f"run_dir={self.run_dir}"], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
-            )  # fmt: skip
-        self.ranks: set[int] = set()
-
-    def wait_until(self, is_so: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 90
-        while not is_so():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.said.read_text()
-            self.ranks |= set(workers(self.process.pid).values())
-            time.sleep(0.05)
-
-    def records(self) -> int:
-        metrics = self.run_dir / "metrics.jsonl"
-        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-
-    def __enter__(self) -> "Job":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing of it outlives a test that fails."""
-        self.process.kill()
-        for rank in filter(is_running, self.ranks):
-            os.kill(rank, signal.SIGKILL)
-
-    def wait(self) -> int:
-        """The launcher's exit code; no rank outlives it."""
-        self.ranks |= set(workers(self.process.pid).values())
-        code = self.process.wait(150)
-        assert not [rank for rank in self.ranks if is_running(rank)]
-        return code
-
-
-def arguments(corpus: Path, *more: str) -> list[str]:
-    return ["conf=debug", f"data.sources=[{{path: {corpus}}}]", *more]
 
 
 @pytest.mark.faults

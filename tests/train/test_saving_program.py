@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from tests.parallel.test_rank_failure import workers
+from tests.train.jobs import workers
 from tests.train.test_pretrain import ROOT, column, command, ending, lines, pretrain, tensors
 
 SLOW_SAVES = """

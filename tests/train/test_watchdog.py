@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from parallel.mesh import _record_collectives
-from tests.parallel.test_rank_failure import workers
-from tests.train.test_pretrain import ROOT, command
+from tests.train.forked import ROOT
+from tests.train.jobs import Job, arguments, is_running, workers
 from train.health import HealthConfig
 
 
@@ -21,11 +21,6 @@ def in_a_process(body: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )  # fmt: skip
-
-
-def is_running(process: int) -> bool:
-    status = Path(f"/proc/{process}/stat")
-    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_a_section_over_its_limit_ends_the_process() -> None:
@@ -52,33 +47,18 @@ def test_a_section_within_pauses_the_one_around_it() -> None:
 
 
 def test_a_stopped_rank_takes_the_job_down(license_corpus: Path, tmp_path: Path) -> None:
-    overrides = ["conf=debug", f"data.sources=[{{path: {license_corpus}}}]", "train.steps=100000"]
-    ranks: dict[int, int] = {}
-    said, metrics = tmp_path / "said.txt", tmp_path / "run/metrics.jsonl"
-    with said.open("w") as file:
-        job = subprocess.Popen(
-            command(*overrides, "health.step_timeout_s=5", f"run_dir={tmp_path}/run", processes=2),
-            cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 90
-        while not metrics.exists() or metrics.read_text().count("\n") < 3:
-            assert job.poll() is None and time.monotonic() < deadline, said.read_text()
-            time.sleep(0.1)
-        ranks = workers(job.pid)
+    limited = arguments(license_corpus, "train.steps=100000", "health.step_timeout_s=5")
+    with Job(tmp_path, *limited) as job:
+        job.wait_until(lambda: job.records() >= 3)
+        ranks = workers(job.process.pid)
         os.kill(ranks[1], signal.SIGSTOP)
         stopped = time.monotonic()
         while is_running(ranks[0]):
-            assert time.monotonic() < stopped + 10, said.read_text()
+            assert time.monotonic() < stopped + 10, job.said.read_text()
             time.sleep(0.1)
         os.kill(ranks[1], signal.SIGKILL)  # the launcher would wait 30 s for it before it does the same
         assert job.wait(10) != 0
-    finally:
-        job.kill()
-        for rank in filter(is_running, ranks.values()):
-            os.kill(rank, signal.SIGKILL)
-    text = said.read_text()
+    text = job.said.read_text()
     assert re.search(r"rank 0 hangs in step \d+; stacks of all threads:", text), text
     assert re.search(
         r"rank 0: last collective: gloo:\w+ over \w+, shapes .*, begun \d+\.\d s ago, not over", text
