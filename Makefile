@@ -21,9 +21,9 @@ demo: .venv/runtime corpus/python.json
 	  batch.micro_rows=$(if $(filter 8,$(PROCESSES)),2,4) train.steps=$(STEPS) && \
 	.venv/bin/python scripts/report.py $$run
 
-# Two files of tests at a time: many start processes of their own.
+# Two files of tests at a time, as many start processes of their own; the long ones first (tests/conftest.py).
 test: .venv/test corpus/python.json
-	.venv/bin/python -m pytest -q -n 2 --dist loadfile
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Real processes that are killed, stopped and starved, one test after the other.
 test-faults: export OMP_NUM_THREADS := 1

@@ -35,6 +35,24 @@ def license_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prefix
 
 
+LONG = [
+    "tests/parallel/test_layouts.py",
+    "tests/train/test_pretrain.py",
+    "tests/train/test_curriculum.py",
+    "tests/test_docs.py",
+    "tests/parallel/test_memory.py",
+    "tests/parallel/test_layout_fuzz.py",
+    "tests/parallel/test_capacity.py",
+]
+"""Files that take longest: `make test` starts with them, lest it end with one of them alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; else the order stays."""
+    files = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: files.get(item.nodeid.partition("::")[0], len(files)))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How many random layouts tests/parallel/test_layout_fuzz.py tries, and which; data of tests/kernels."""
     parser.addoption("--data-seed", type=int, default=0, help="other random data in tests/kernels")
