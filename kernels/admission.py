@@ -119,7 +119,7 @@ def count_cells(experts: Tensor, cells: Tensor, keys: Tensor, num_experts: int) 
 def admit_choices(tables: Tensor, starts: Tensor, sharing: Sharing) -> Admitted:
     """Decide in one launch how many choices of each cell each expert admits, and where they go.
 
-    A program an expert takes (ranks * cells / CELL_BLOCK)^2 steps, many for hundreds of ranks (docs/decisions.md).
+    An expert takes (ranks * cells / CELL_BLOCK)^2 steps: many for hundreds of ranks (docs/decisions.md).
 
     Args:
         tables: [ranks, cells, 1 + experts], each rank's from `count_cells`. starts: this rank's.
