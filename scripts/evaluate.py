@@ -33,7 +33,7 @@ from scripts.load_model import (
     load_model,
     open_checkpoint,
 )
-from scripts.needles import SENTENCES, encoder, make_task
+from scripts.needles import KEYS, SENTENCES, encoder, make_task
 from train.storage import CheckpointError
 
 REACH = (0.25, 0.5, 1, 2, 4)
@@ -97,14 +97,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         for key in ("rows", "chunk", "depths", "samples", "documents"):
             if getattr(args, key, 1) < 1:
                 raise ValueError(f"--{key} {getattr(args, key)} must be at least 1")
+        for key, most in (("seed", 2**63), ("distractors", len(KEYS) - 1)):
+            if not 0 <= getattr(args, key, 0) <= most:
+                raise ValueError(f"--{key} {getattr(args, key)} must lie in [0, {most}]")
         device = choose_device(args.device)
         checkpoint = open_checkpoint(args.checkpoint)
         lengths = args.lengths or default_lengths(checkpoint)
+        folder = args.output or output_folder(checkpoint)
+        folder.mkdir(parents=True, exist_ok=True)
         model = load_model(checkpoint, device=device, dtype=choose_dtype(args.dtype, device))
         evaluation = niah if args.kind == "niah" else perplexity
         figure, results = evaluation(model, checkpoint, lengths, args)
-        write(args.kind, figure, results, args.output or output_folder(checkpoint))
-    except (CheckpointError, ValueError) as error:
+        write(args.kind, figure, results, folder)
+    except (CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -267,7 +272,6 @@ def facts(checkpoint: Checkpoint, lengths: list[int]) -> dict[str, Any]:
 
 def write(kind: str, figure: str, results: dict[str, Any], folder: Path) -> None:
     """KIND.json, KIND.svg and KIND.html, which need nothing else."""
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / kind
     target.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     target.with_suffix(".svg").write_text(lone_svg(figure), encoding="utf-8")

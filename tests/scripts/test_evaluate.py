@@ -165,6 +165,10 @@ def test_perplexity_of_what_the_run_held_out(trained: Path, capsys: pytest.Captu
         (["niah", "--lengths", "20"], "20 tokens do not hold 4 facts, question and answer; 11 more do"),
         (["niah", "--haystack", "{tmp}/none.txt"], "none.txt: [Errno 2]"),
         (["niah", "--samples", "0"], "--samples 0 must be at least 1"),
+        (["niah", "--distractors", "-1"], "--distractors -1 must lie in [0, 15]"),
+        (["niah", "--distractors", "16"], "--distractors 16 must lie in [0, 15]"),
+        (["niah", "--seed", "-1"], "--seed -1 must lie in [0, "),
+        (["niah", "--output", "{tmp}/wide.bin"], "File exists: '{tmp}/wide.bin'"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
@@ -175,7 +179,7 @@ def test_what_cannot_be_used_is_named(
         writer.add(np.full(20, 300))
     given = [word.format(tmp=tmp_path) for word in arguments]
     code, _, err = run(capsys, *given, "--checkpoint", trained)
-    assert code == 2 and message in err and len(err.splitlines()) == 1
+    assert code == 2 and message.format(tmp=tmp_path) in err and len(err.splitlines()) == 1
 
 
 def test_held_out_documents_are_not_those_of_the_training(needles: Path) -> None:
