@@ -84,14 +84,15 @@ def check_against_twin(
 
 
 def allowed_errors(theirs: tuple[float, float], dtype: torch.dtype) -> tuple[float, float]:
-    """What a kernel may err by: twice the twin's errors; a last bit more where the twin is exact by luck.
+    """What a kernel may err by: twice the twin's errors, and what rounding the result once more may add.
 
-    A wide result is a sum in some order: below half of its last bit that order was lucky. A narrow one is
-    rounded once more, which makes more than a quarter of its last bit on average, and up to a half at most.
+    That is half of the last bit for the largest entry, and a whole one where the twin is exact by luck: below
+    half of it, on average a narrow result below a quarter.
     """
     eps = torch.finfo(dtype).eps
-    lucky = (eps / 2 if dtype in (torch.float32, torch.float64) else eps / 4, eps / 2)
-    of_norm, of_largest = (
-        2 * error + (eps if error < luck else 0.0) for error, luck in zip(theirs, lucky, strict=True)
+    of_norm, of_largest = theirs
+    luck = eps / 2 if dtype in (torch.float32, torch.float64) else eps / 4
+    return (
+        2 * of_norm + (eps if of_norm < luck else 0.0),
+        2 * of_largest + (eps if of_largest < eps / 2 else eps / 2),
     )
-    return of_norm, of_largest
