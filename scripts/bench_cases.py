@@ -116,13 +116,13 @@ def _attention(s: Sizes, draw: _Draw) -> list[Case]:
 
 
 def _in_a_graph(case: Case, draw: _Draw) -> list[Case]:
-    """The forward pass without what the host needs to launch it kernel by kernel."""
+    """The forward pass from a CUDA graph: without what the host needs to launch it kernel by kernel."""
 
     def build(with_peers: bool) -> Ops:
         return {name: Op(captured(op.forward)) for name, op in case.build(with_peers).items()}
 
     is_gpu = draw.device.type == "cuda"
-    return [case._replace(name=f"{case.name}, CUDA graph", backward=None, build=build)] if is_gpu else []
+    return [case._replace(name=f"{case.name}, graph", backward=None, build=build)] if is_gpu else []
 
 
 def _lightning(s: Sizes, draw: _Draw, lengths: list[int], heads: int) -> Case:

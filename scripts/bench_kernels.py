@@ -94,7 +94,7 @@ class Line(NamedTuple):
 
 
 COLUMNS = {
-    "operation": 42, "pass": 8, "floor ms": 8, "ms": 8, "x floor": 7, "best peer": 12, "peer ms": 8,
+    "operation": 38, "pass": 8, "floor ms": 8, "ms": 8, "x floor": 7, "best peer": 12, "peer ms": 8,
     "ratio": 6, "peak GiB": 8,
 }  # fmt: skip
 """Names and widths."""
