@@ -1,9 +1,7 @@
 """Two GPUs of one machine: NCCL and kernels instead of gloo and twins, through the program itself."""
 
-import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +9,9 @@ import pytest
 import torch
 
 from parallel.config import V_SHAPED
+from tests.train.jobs import command
+from tests.train.test_pretrain import column
 
-ROOT = Path(__file__).resolve().parents[2]
 DEVICE = os.environ.get("LONGSPAN_TEST_DEVICE", "cuda")
 """`cpu`: look at the test itself where there are no two GPUs."""
 LAYOUTS = """
@@ -37,16 +36,14 @@ pytestmark = [
 
 def train(folder: Path, dtype: str, *overrides: str, processes: int) -> dict[str, np.ndarray]:
     """Losses and gradient norms of a run."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     run_dir = folder / "run"
     given = [f"run_dir={run_dir}", f"train.dtype={dtype}", f"train.device={DEVICE}", *SIZES, *overrides]
     found = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "train/pretrain.py"), "conf=debug", *given],
+        command("conf=debug", *given, processes=processes),
         cwd=folder, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert found.returncode == 0, found.stdout + found.stderr
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {key: np.array([record[key] for record in records]) for key in ("loss", "grad_norm")}
+    return {key: column(run_dir, key) for key in ("loss", "grad_norm")}
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,7 @@ import io
 import json
 import logging
 import math
-import os
 import re
-import subprocess
 from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib import import_module
@@ -20,6 +18,7 @@ from rich.console import Console
 from data.packing import Batch
 from parallel.pipeline import SingleStage
 from scripts.report import main as report
+from tests.train.disks import fill, small_disk
 from tests.train.forked import run_forked
 from train.build import Run
 from train.metrics import LogConfig, MetricsWriter, append_record, console_line, truncate_records
@@ -85,20 +84,10 @@ def test_writer_appends_and_shows_progress_on_a_terminal(terminal: bool, tmp_pat
     assert ("120/200" in screen.getvalue()) is terminal
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own; mounting it needs root, and without it the test fails."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(disk)], check=True)
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-def fill(disk: Path) -> None:
-    with (disk / "filler").open("wb", buffering=0) as file:
-        while room := os.statvfs(disk).f_bavail:
-            file.write(bytes(min(2**20, room * os.statvfs(disk).f_frsize)))
+@pytest.fixture(name="small_disk")
+def _small_disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", mebibytes=32) as disk:
+        yield disk
 
 
 def strict(path: Path) -> list[dict[str, Any]]:

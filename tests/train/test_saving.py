@@ -1,6 +1,5 @@
 """Saves that are killed, broken off and starved: what was safe before stays safe, bit for bit."""
 
-import contextlib
 import errno
 import json
 import multiprocessing
@@ -26,6 +25,7 @@ from torch.torch_version import TorchVersion
 
 from parallel.mesh import Axis, launcher_grace_s
 from tests.dist import _enter, run_distributed
+from tests.train import disks
 from train.checkpoint import CheckpointConfig, SaveMode
 from train.restore import verify
 from train.saving import Saver
@@ -221,21 +221,10 @@ def test_every_point_of_every_rank(case: tuple[str, str, int, str], tmp_path: Pa
     strike(tmp_path, *case)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB; mounting it needs root, and without it the test fails."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True)
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-def use_up(disk: Path) -> None:
-    """Leave no byte free."""
-    with (disk / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(2**16))
+@pytest.fixture(name="small_disk")
+def _small_disk(tmp_path: Path) -> Iterator[Path]:
+    with disks.small_disk(tmp_path / "disk", mebibytes=1) as disk:
+        yield disk
 
 
 def on_a_full_disk(rank: int, disk: Path, mode: str) -> None:
@@ -243,13 +232,13 @@ def on_a_full_disk(rank: int, disk: Path, mode: str) -> None:
     saver = Saver(root, CheckpointConfig(keep=None), axis(rank), step=0)
     assert save(saver, rank, 1, mode) == []
     if rank == 0:
-        use_up(disk)
+        disks.fill(disk)
     (early,) = save(saver, rank, 2, mode)
     room = r"No space left: need \S+e-0\d GiB, have 0"
     assert re.fullmatch(rf"checkpoint 2 failed: rank 0: {room}: {root}; the last good one is step 1", early)
     if rank == 0:
         (disk / "filler").unlink()
-        arm("folder_made", lambda: use_up(disk))  # after the look at the room
+        arm("folder_made", lambda: disks.fill(disk))  # after the look at the room
     (late,) = save(saver, rank, 3, mode)
     assert re.match(rf"checkpoint 3 failed: rank 0: {room}: {root}/\S+/rank-00000.safetensors; ", late), late
     if rank == 0:

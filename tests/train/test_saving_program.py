@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
+from tests.train.disks import fill, small_disk
 from tests.train.jobs import workers
 from tests.train.test_pretrain import ROOT, column, command, ending, lines, pretrain, tensors
 
@@ -46,17 +47,8 @@ def saved(run_dir: Path) -> list[int]:
 @pytest.fixture
 def run_with_small_disk(tmp_path: Path) -> Iterator[Path]:
     """A run directory whose checkpoints lie on a file system of their own."""
-    disk = tmp_path / "run/checkpoints"
-    disk.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=True)
-    yield tmp_path / "run"
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
-
-
-def fill(disk: Path) -> None:
-    with (disk / "filler").open("wb", buffering=0) as file:
-        while os.statvfs(disk).f_bavail:
-            file.write(bytes(2**16))
+    with small_disk(tmp_path / "run/checkpoints", mebibytes=64):
+        yield tmp_path / "run"
 
 
 @pytest.mark.faults
