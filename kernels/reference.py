@@ -460,6 +460,20 @@ def grouped_gemm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([part @ w.T for part, w in zip(parts, weight, strict=True)])
 
 
+def expert_ffn(x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor, ends: Tensor) -> Tensor:
+    """Each row's expert: down(SiLU(gate x) * up x * scale).
+
+    Args:
+        x: [choices, hidden], sorted by expert.
+        gate_up: [experts, 2, ffn, hidden], gate first.
+        down: [experts, hidden, ffn].
+        scale: [choices].
+        ends: [experts] int32, cumulative.
+    """
+    inner = grouped_gemm(x, gate_up.flatten(1, 2), ends)
+    return grouped_gemm(swiglu(inner.unflatten(-1, (2, -1)), scale), down, ends)
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """-log softmax(hidden @ weight^T)[target] of each token, 0 where the target is negative; fp32.
 

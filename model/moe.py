@@ -9,9 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from kernels.grouped_gemm import grouped_gemm
+from kernels.expert_ffn import Masters, expert_ffn
 from kernels.permute import permute, sort_choices, unpermute
-from kernels.swiglu import swiglu
 from model.config import ModelConfig, RouterConfig
 from model.router import Micro, Router, Routing
 
@@ -55,14 +54,14 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(cfg.num_experts, 2, cfg.expert_ffn_size, cfg.hidden_size))
         self.down = nn.Parameter(torch.empty(cfg.num_experts, cfg.hidden_size, cfg.expert_ffn_size))
+        self.masters: Masters = None
 
     def forward(self, x: Tensor, routing: Routing, dispatcher: Dispatcher) -> Tensor:
         """[tokens, hidden] -> the same; one call however often the dispatcher computes, as FSDP2 needs it."""
         return dispatcher(x, routing, self._compute)
 
     def _compute(self, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        gate_up = grouped_gemm(x, self.gate_up.flatten(1, 2), ends)
-        return grouped_gemm(swiglu(gate_up.unflatten(-1, (2, -1)), weights), self.down, ends)
+        return expert_ffn(x, self.gate_up, self.down, weights, ends, self.masters)
 
 
 class MoE(nn.Module):

@@ -8,7 +8,7 @@ from model.config import ModelConfig, RouterConfig
 from model.flops import forward_flops_per_token
 from model.init import init_slice
 from model.transformer import Transformer
-from parallel.config import Offload, ParallelConfig, Recompute, num_stages, stages_of
+from parallel.config import SPLIT_BACKWARD, Offload, ParallelConfig, Recompute, num_stages, stages_of
 from parallel.context import apply_context
 from parallel.expert import apply_expert
 from parallel.mesh import Mesh
@@ -17,7 +17,7 @@ from parallel.placement import Shard, local_shards, publish
 from parallel.pool import StagePool
 from parallel.recompute import apply_recompute
 from parallel.tensor import apply_tensor
-from parallel.zero import apply_zero, copy_for_compute, materialize
+from parallel.zero import accumulate_in_gemms, apply_zero, copy_for_compute, materialize
 
 
 def build_parts(
@@ -79,5 +79,8 @@ def parallelize(
         where = {"shape": shard.shape, "offset": shard.offset}
         init_slice(shard.master, shard.name, cfg=parts[0].cfg, seed=seed, **where)
     copy_for_compute(shards, mesh.device, dtype)
+    if cfg.schedule not in SPLIT_BACKWARD:
+        for model in parts:
+            accumulate_in_gemms(model, shards)
     publish(shards)
     return shards

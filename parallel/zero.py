@@ -35,7 +35,7 @@ def apply_zero(
     options: dict[str, Any] = {"reshard_after_forward": stage == 3, "mp_policy": policy}
     if offload is Offload.cpu:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda")
-    blocks = [block for block in model.blocks.values() if isinstance(block, Block)]
+    blocks = _blocks(model)
     if mesh.expert_data_mesh is not None:
         for block in blocks:
             where: dict[str, Any] = {
@@ -63,6 +63,10 @@ def _expert_placement(edp: int) -> Callable[[nn.Parameter], DimShard]:
         return DimShard(0 if parameter.shape[0] >= edp else parameter.dim() - 2)
 
     return place
+
+
+def _blocks(model: Transformer) -> list[Block]:
+    return [block for block in model.blocks.values() if isinstance(block, Block)]
 
 
 def _wrapped(model: nn.Module) -> list[FSDPModule]:
@@ -103,14 +107,22 @@ def copy_for_compute(shards: list[Shard], device: torch.device, dtype: torch.dty
         shard.parameter.register_post_accumulate_grad_hook(_accumulate_into(shard.master))
 
 
+def accumulate_in_gemms(model: Transformer, shards: list[Shard]) -> None:
+    """Let the experts' GEMMs add to the gradients of fp32 masters, where FSDP2 does not hold them."""
+    masters = {s.parameter: s.master for s in shards if s.is_copied and s.master.device == s.parameter.device}
+    for experts in (block.moe.experts for block in _blocks(model)):
+        if experts.gate_up in masters:
+            experts.masters = masters[experts.gate_up], masters[experts.down]
+
+
 def _accumulate_into(master: Tensor) -> Callable[[Tensor], None]:
     def add(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        grad = parameter.grad.to(master.device, torch.float32)
+        if parameter.grad is None:  # its GEMM has added it (`accumulate_in_gemms`)
+            return
         if master.grad is None:
-            master.grad = grad
+            master.grad = parameter.grad.to(master.device, torch.float32)
         else:
-            master.grad += grad
+            master.grad += parameter.grad.to(master.device)  # widened as it is read, not by a copy
         parameter.grad = None
 
     return add

@@ -15,8 +15,9 @@ from torch.autograd.graph import get_gradient_edge
 from kernels.adamw import Hyperparameters, Moving, adamw, square_sum
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.documents import Documents, locate_documents
+from kernels.expert_ffn import Path as ExpertPath
+from kernels.expert_ffn import expert_ffn, expert_ffn_by, quack_module
 from kernels.gated_norm import gated_rms_norm
-from kernels.grouped_gemm import grouped_gemm
 from kernels.lightning_attention import lightning_attention
 from kernels.permute import permute, sort_choices, unpermute
 from kernels.reference import apply_rotary, rotary_table
@@ -167,25 +168,25 @@ def _experts(s: Sizes, draw: _Draw) -> list[Case]:
         x, weights = draw.leaf(s.tokens, h), draw.leaf(s.tokens, top_k, dtype=torch.float32)
         gate_up, down = draw.leaf(s.experts, 2, f, h, scale=0.02), draw.leaf(s.experts, h, f, scale=0.02)
 
-        def ours() -> Tensor:
+        def by(compute: Callable[..., Tensor]) -> Tensor:
             rows, scale = permute(x, sorting), permute(weights.reshape(-1, 1), sorting).flatten()
-            inner = grouped_gemm(rows, gate_up.flatten(1, 2), sorting.ends)
-            inner = swiglu(inner.unflatten(-1, (2, -1)), scale)
-            return unpermute(grouped_gemm(inner, down, sorting.ends), sorting, s.tokens)
+            return unpermute(compute(rows, gate_up, down, scale, sorting.ends), sorting, s.tokens)
 
         def eager() -> Tensor:
             rows = x[sorting.order // top_k]
-            inner = F.grouped_mm(rows, gate_up.flatten(1, 2).transpose(1, 2), offs=sorting.ends)
-            inner = plain_swiglu(inner.unflatten(-1, (2, -1)), weights.flatten()[sorting.order])
-            rows = F.grouped_mm(inner, down.transpose(1, 2), offs=sorting.ends)
-            return rows[sorting.inverse].unflatten(0, (-1, top_k)).sum(1)
+            inner = F.grouped_mm(rows, gate_up.flatten(1, 2).mT, offs=sorting.ends).unflatten(-1, (2, -1))
+            rows = plain_swiglu(inner, weights.flatten()[sorting.order])
+            rows = F.grouped_mm(rows, down.mT, offs=sorting.ends)[sorting.inverse]
+            return rows.unflatten(0, (-1, top_k)).sum(1)
 
         inputs = [x, weights, gate_up, down]
-        ops = {OURS: Op(ours, inputs)}
+        ops = {OURS: Op(lambda: by(expert_ffn), inputs)}
         if with_peers:
             from liger_kernel.ops import LigerFusedMoEFunction as Fused
 
             index = experts.int()
+            if quack_module():
+                ops["torch"] = Op(lambda: by(partial(expert_ffn_by, ExpertPath.torch)), inputs)
             ops["eager"] = Op(eager, inputs)
             ops["liger"] = Op(lambda: Fused.apply(x, gate_up.flatten(1, 2), down, index, weights), inputs)
         return ops
@@ -199,14 +200,9 @@ def _experts(s: Sizes, draw: _Draw) -> list[Case]:
         return ops
 
     moved = Work(0, 3 * s.tokens * s.hidden * 2)
+    name = f"MoE {s.experts} x {h} x {f}, top-2, {_k(s.tokens)}"
     return [
-        Case(
-            "moe",
-            f"MoE {s.experts} x {h} x {f}, top-2, {_k(s.tokens)}",
-            Work(flops, 0),
-            Work(2 * flops, 0),
-            block,
-        ),
+        Case("moe", name, Work(flops, 0), Work(2 * flops, 0), block),
         *_router(s, draw),
         Case("permute", f"un-permute {_k(s.tokens)} x {s.hidden}, top-2", moved, moved, back),
     ]

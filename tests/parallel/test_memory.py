@@ -7,11 +7,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from parallel.apply import build_parts, parallelize
 from parallel.collectives import all_reduce_sum
-from parallel.config import Offload, ParallelConfig, Recompute
+from parallel.config import Offload, ParallelConfig, Recompute, Schedule
 from parallel.context import zigzag
 from parallel.mesh import Mesh, init_mesh, one_process
 from parallel.pipeline import MicroBatch, SingleStage
 from parallel.placement import Shard, collect_gradients, drop_gradients, publish
+from parallel.zero import copy_for_compute
 from tests.dist import run_distributed
 from tests.parallel.harness import TINY
 from train.optimizer import OptimizerConfig, build_optimizer
@@ -151,6 +152,57 @@ def count_by_zero_stage(rank: int) -> None:
 
 def test_parameters_are_gathered_once_a_step() -> None:
     run_distributed(count_by_zero_stage, 2)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "dtype", "added"),
+    [
+        ("1f1b", torch.bfloat16, True),
+        ("interleaved", torch.bfloat16, True),
+        ("interleaved_zero_bubble", torch.bfloat16, False),  # runs the experts' backward twice
+        ("1f1b", torch.float32, False),  # masters are the weights themselves
+    ],
+)
+def test_whose_gemms_add_gradients_to_masters(schedule: str, dtype: torch.dtype, added: bool) -> None:
+    mesh, cfg = one_process(torch.device("cpu")), ParallelConfig(schedule=Schedule[schedule])
+    parts = build_parts(TINY, cfg, mesh, row_tokens=TOKENS)
+    shards = parallelize(parts, mesh, cfg, dtype=dtype, seed=3)
+    masters = {shard.parameter: shard.master for shard in shards}
+    for block in parts[0].blocks.values():
+        experts = block.moe.experts
+        if not added:
+            assert experts.masters is None
+            continue
+        for weight, master in zip((experts.gate_up, experts.down), experts.masters, strict=True):
+            assert master is masters[weight] and master.dtype == torch.float32
+
+
+class AddsItsGradient(torch.autograd.Function):
+    """What a GEMM does that adds to the master's gradient."""
+
+    @staticmethod
+    def forward(ctx, weight: torch.Tensor, master: torch.Tensor) -> torch.Tensor:
+        ctx.master = master
+        return weight.sum()
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[None, None]:
+        ctx.master.grad = torch.full_like(ctx.master, 0.5)
+        return None, None
+
+
+def test_masters_sum_gradients_in_fp32_however_they_come() -> None:
+    """First one that was added without the hook, then rounded ones through it: nothing is lost or doubled."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    shard = Shard("w", (3,), (0,), 1, True, parameter, parameter.detach().clone())
+    copy_for_compute([shard], torch.device("cpu"), torch.bfloat16)
+    AddsItsGradient.apply(parameter, shard.master).backward()
+    assert parameter.grad is None and shard.master.grad.tolist() == [0.5] * 3
+    small = torch.tensor([2.0**-8, 3.0, 2.0**-20], dtype=torch.bfloat16)
+    for _ in range(3):
+        (parameter * small).sum().backward()
+    assert parameter.grad is None and shard.master.grad.dtype == torch.float32
+    assert torch.equal(shard.master.grad, 0.5 + 3 * small.float())
 
 
 def test_recompute_keeps_less() -> None:

@@ -1,0 +1,241 @@
+"""SwiGLU experts on rows sorted by expert: quack-kernels' fused GEMMs where they are installed, else torch's.
+
+quack's epilogues compute SwiGLU and its gradient from accumulators in registers. What backward needs again is
+kept with gate and up in turns, [choices, ffn, 2], which is how they meet in one epilogue.
+"""
+
+import importlib
+import logging
+from enum import StrEnum
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from kernels.grouped_gemm import grouped_gemm
+from kernels.swiglu import swiglu
+
+log = logging.getLogger(__name__)
+
+QUACK = "0.6.5"
+"""The version of quack-kernels whose functions are called here."""
+
+
+class Path(StrEnum):
+    """Who multiplies."""
+
+    quack = "quack"
+    """GEMMs with SwiGLU in their epilogues; bf16 and fp16 on Hopper."""
+    torch = "torch"
+    """Grouped GEMMs, and SwiGLU by a kernel between them."""
+
+
+class Tile(NamedTuple):
+    """How quack cuts a GEMM."""
+
+    rows: int
+    columns: int
+    is_pingpong: bool
+    """Two groups of warps work on a tile each, one computes while the other stores."""
+    cluster: tuple[int, int]
+    """Multiprocessors that share what they load, along rows and columns."""
+
+
+# The fastest of eight tiles times three clusters on an H100 (docs/benchmarks.md).
+GATE_UP = Tile(128, 192, True, (2, 1))
+DOWN = Tile(192, 128, True, (1, 2))
+D_GATE_UP = Tile(128, 128, True, (2, 1))
+D_X = Tile(128, 256, False, (1, 2))
+D_GATE_UP_WEIGHT = Tile(192, 128, True, (1, 2))
+D_DOWN_WEIGHT = Tile(256, 128, False, (2, 1))
+
+
+Masters = tuple[Tensor, Tensor] | None
+"""Of gate_up and down, fp32: backward may add to their `.grad` what it would otherwise return."""
+
+
+def expert_ffn(
+    x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor, ends: Tensor, masters: Masters = None
+) -> Tensor:
+    """down(SiLU(gate x) * up x * scale) by each row's expert; expert e owns the rows up to ends[e].
+
+    Args:
+        x: [choices, hidden], sorted by expert.
+        gate_up: [experts, 2, ffn, hidden], gate first.
+        down: [experts, hidden, ffn].
+        scale: [choices] fp32, the router's weight of each row.
+        ends: [experts] int32, cumulative.
+        masters: only with a backward pass that runs once and as a whole.
+
+    Returns:
+        [choices, hidden].
+    """
+    return expert_ffn_by(path_for(x, gate_up), x, gate_up, down, scale, ends, masters)
+
+
+def expert_ffn_by(
+    path: Path,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    scale: Tensor,
+    ends: Tensor,
+    masters: Masters = None,
+) -> Tensor:
+    """`expert_ffn` by one of the paths."""
+    if path is Path.quack and x.numel():
+        return _FusedExperts.apply(x, gate_up, down, scale, ends, masters)
+    inner = grouped_gemm(x, gate_up.flatten(1, 2), ends)
+    return grouped_gemm(swiglu(inner.unflatten(-1, (2, -1)), scale), down, ends)
+
+
+def choose_path(
+    dtype: torch.dtype,
+    hidden: int,
+    ffn: int,
+    *,
+    capability: tuple[int, int] | None,
+    has_quack: bool,
+) -> tuple[Path, str]:
+    """The fastest path, and why.
+
+    Args:
+        capability: of the GPU; None = the tensors are elsewhere.
+    """
+    if capability is None:
+        return Path.torch, "tensors are not on a GPU"
+    if capability[0] != 9:
+        return Path.torch, f"the tiles for quack are those of compute capability 9, this is {capability}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return Path.torch, f"quack takes bf16 and fp16, not {dtype}"
+    if hidden % 8 or ffn % 8:
+        return Path.torch, f"quack needs multiples of 8, not hidden_size {hidden} and expert_ffn_size {ffn}"
+    if not has_quack:
+        return Path.torch, "quack-kernels is not installed"
+    return Path.quack, "quack-kernels is installed"
+
+
+def path_for(x: Tensor, gate_up: Tensor) -> Path:
+    """What `expert_ffn` takes for these."""
+    path, reason = choose_path(
+        x.dtype,
+        x.shape[1],
+        gate_up.shape[2],
+        capability=torch.cuda.get_device_capability(x.device) if x.is_cuda else None,
+        has_quack=x.is_cuda and quack_module() is not None,
+    )
+    _announce(path, reason)
+    return path
+
+
+@cache
+def _announce(path: Path, reason: str) -> None:
+    """Log a choice when it is made for the first time."""
+    log.info("experts by %s: %s", path, reason)
+
+
+@cache
+def quack_module() -> ModuleType | None:
+    """quack-kernels' GEMMs, where QUACK is installed; they are compiled when they are first called."""
+    try:
+        found = version("quack-kernels")
+    except PackageNotFoundError:
+        return None
+    if found != QUACK:
+        log.warning("quack-kernels %s is installed but not used: experts are tested with %s", found, QUACK)
+        return None
+    try:
+        return importlib.import_module("quack.gemm_interface")
+    except ModuleNotFoundError as error:
+        log.warning("quack-kernels is installed but not used: it lacks %s", error.name)
+        return None
+
+
+class _FusedExperts(torch.autograd.Function):
+    """forward: two GEMMs, the first with SwiGLU; backward: four, the first with SwiGLU's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor, ends: Tensor, masters: Masters
+    ) -> Tensor:
+        x, scale, starts = x.contiguous(), scale.contiguous(), pad(ends, (1, 0))
+        ffn = gate_up.shape[2]
+        both, inner = x.new_empty(len(x), 2 * ffn), x.new_empty(len(x), ffn)
+        _swiglu_gemm()(
+            x, gate_up.flatten(1, 2).mT, out={"D": both, "inner": inner}, scale=scale, tuned=False,
+            config=_config(GATE_UP), cu_seqlens_m=starts, concat_layout=("B",),
+        )  # fmt: skip
+        ctx.save_for_backward(x, gate_up, down, scale, starts, both)
+        ctx.masters = masters or (None, None)
+        return _gemm(DOWN, inner, down.mT, torch.empty_like(x), cu_seqlens_m=starts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate_up, down, scale, starts, both = ctx.saved_tensors
+        grad, weight = grads[0].contiguous(), gate_up.flatten(1, 2)
+        quack = quack_module()
+        assert quack is not None
+        d_both, inner, d_scale = quack.gemm_dgated(
+            grad, down, both, activation="swiglu", colvec_scale=scale, colvec_reduce=True,
+            cu_seqlens_m=starts, dynamic_scheduler=False, tuned=False, config=_config(D_GATE_UP),
+        )  # fmt: skip
+        d_x = _gemm(D_X, d_both, weight, torch.empty_like(x), cu_seqlens_m=starts, concat_layout=("B",))
+        first, second = ctx.masters
+        d_gate_up = _weight_gradient(
+            D_GATE_UP_WEIGHT, d_both.mT, x, gate_up, first, cu_seqlens_k=starts, concat_layout=("out",)
+        )
+        d_down = _weight_gradient(D_DOWN_WEIGHT, grad.mT, inner, down, second, cu_seqlens_k=starts)
+        return d_x, d_gate_up, d_down, d_scale, None, None
+
+
+def _weight_gradient(
+    tile: Tile, a: Tensor, b: Tensor, weight: Tensor, master: Tensor | None, **groups: Any
+) -> Tensor | None:
+    """a b for each expert, like the weight; None if it went into the master's gradient, unrounded."""
+    if master is None:
+        grad, adds = torch.empty_like(weight), False
+    else:
+        adds = master.grad is not None
+        if master.grad is None:
+            master.grad = torch.empty_like(master)
+        grad = master.grad
+    _gemm(tile, a, b, grad.view(len(grad), -1, grad.shape[-1]), add_to_output=adds, **groups)
+    return grad if master is None else None
+
+
+def _gemm(tile: Tile, a: Tensor, b: Tensor, out: Tensor, **groups: Any) -> Tensor:
+    """out = a b for each expert, whose part of the rows or of the summed dim `groups` tells."""
+    quack = quack_module()
+    assert quack is not None
+    quack.gemm_tuned.fn(a, b, out, config=_config(tile), **groups)
+    return out
+
+
+@cache  # quack tells pinned configurations apart by their identity
+def _config(tile: Tile) -> Any:
+    from quack.gemm_config import GemmConfig
+
+    return GemmConfig(
+        tile_m=tile.rows, tile_n=tile.columns, pingpong=tile.is_pingpong, cluster_m=tile.cluster[0],
+        cluster_n=tile.cluster[1], is_dynamic_persistent=False, device_capacity=9,
+    )  # fmt: skip
+
+
+@cache
+def _swiglu_gemm() -> Any:
+    """GEMM that gives out the pairs of gate and up as `D` and SwiGLU times each row's scale as `inner`."""
+    from quack.activation import swiglu as fused_swiglu
+    from quack.epilogue.frontend import gemm_epilogue
+    from quack.epilogue.math import pack, unpack
+    from quack.epilogue.ops import ColVecLoad
+
+    @gemm_epilogue(outputs=("inner",), ops={"scale": ColVecLoad("scale")}, mode="acc_pair")
+    def epilogue(acc: Any, scale: Any) -> dict[str, Any]:
+        gate, up = unpack(acc)
+        return {"D": pack(gate, up), "inner": fused_swiglu(gate, up) * scale}
+
+    return epilogue

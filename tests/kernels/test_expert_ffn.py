@@ -1,0 +1,156 @@
+"""Experts: every path that is there against the twin, and the choice between them."""
+
+import logging
+from functools import partial
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.expert_ffn import Path, _announce, choose_path, expert_ffn, expert_ffn_by, quack_module
+from kernels.reference import expert_ffn as expert_ffn_by_expert
+from tests.kernels.harness import DEVICE, DTYPES, check_against_twin, errors, random_tensor
+
+ON_HOPPER = DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] == 9
+PATHS = [Path.torch, *([Path.quack] if ON_HOPPER and quack_module() else [])]
+ENDS = {
+    "some without rows": [0, 40, 40, 101, 101],
+    "all rows on the first": [100] * 5,
+    "all rows on the last": [0, 0, 0, 0, 100],
+    "one row each": list(range(1, 65)),
+    "no rows": [0] * 5,
+}
+if DEVICE.type == "cuda":
+    ENDS["more than a tile, and hardly any"] = [1, 1900, 1900, 4999, 5000]
+    ENDS["8191 rows"] = [100, 600, 4000, 8128, 8191]
+
+
+def draw(ends: list[int], hidden: int, ffn: int) -> list[Tensor]:
+    """x, gate_up, down, scale, ends."""
+    experts, rows = len(ends), ends[-1]
+    return [
+        random_tensor(rows, hidden, seed=1),
+        random_tensor(experts, 2, ffn, hidden, seed=2, scale=hidden**-0.5),
+        random_tensor(experts, hidden, ffn, seed=3, scale=ffn**-0.5),
+        random_tensor(rows, seed=4).float().sigmoid(),
+        torch.tensor(ends, dtype=torch.int32, device=DEVICE),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("sizes", [(16, 24), (64, 200), (256, 96)])
+@pytest.mark.parametrize("path", PATHS)
+def test_paths_against_the_twin(
+    path: Path, sizes: tuple[int, int], ends: list[int], dtype: torch.dtype
+) -> None:
+    """Experts without rows have zero gradients; the weights of rows get theirs."""
+    if path is Path.quack and dtype == torch.float32:
+        pytest.skip("quack takes bf16 and fp16")
+    check_against_twin(partial(expert_ffn_by, path), expert_ffn_by_expert, draw(ends, *sizes), dtype=dtype)
+
+
+@pytest.mark.skipif(Path.quack not in PATHS, reason="quack adds in its GEMMs")
+@pytest.mark.parametrize("ends", [ends for ends in ENDS.values() if ends[-1]])
+def test_weight_gradients_are_added_to_those_of_the_masters(ends: list[int]) -> None:
+    """Three passes: their sum in fp32 is no further from the truth than rounded ones; twice the same bits."""
+    inputs = draw(ends, 256, 96)
+    narrow = [x.bfloat16() if x.dtype == torch.float64 else x for x in inputs]
+    weights = [x.requires_grad_() for x in narrow[1:3]]
+    upstream = [random_tensor(ends[-1], 256, seed=seed).bfloat16() for seed in (5, 6, 7)]
+
+    def add_up() -> list[Tensor]:
+        masters = [x.detach().float() for x in weights]
+        for grad in upstream:
+            expert_ffn_by(Path.quack, *narrow, masters=tuple(masters)).backward(grad)
+        assert all(weight.grad is None for weight in weights)
+        return [master.grad for master in masters]
+
+    def reference(leaves: list[Tensor], *, rounds: bool) -> list[Tensor]:
+        y = expert_ffn_by_expert(*leaves)
+        parts = [torch.autograd.grad(y, leaves[1:3], g.to(y.dtype), retain_graph=True) for g in upstream]
+        return [sum(x.float() if rounds else x for x in each) for each in zip(*parts, strict=True)]
+
+    wide = [x.detach().double() if x.is_floating_point() else x for x in narrow]
+    for x in wide[1:3]:
+        x.requires_grad_()
+    found, again = add_up(), add_up()
+    plain, truth = reference(narrow, rounds=True), reference(wide, rounds=False)
+    for mine, repeated, theirs, right in zip(found, again, plain, truth, strict=True):
+        assert torch.equal(mine, repeated) and mine.isfinite().all()
+        assert all(a <= b for a, b in zip(errors(mine, right), errors(theirs, right), strict=True))
+
+
+@pytest.mark.skipif(Path.quack not in PATHS, reason="20 GB of memory")
+@pytest.mark.parametrize(
+    ("experts", "hidden", "ffn", "rows"), [(2, 64, 9216, 2**31 // (2 * 9216) + 100), (32, 6144, 9216, 96)]
+)
+def test_past_2_to_the_31_entries(experts: int, hidden: int, ffn: int, rows: int) -> None:
+    """The last expert's few rows, of many rows or of many weights, against the same alone."""
+    last = 50
+    x = torch.zeros(rows, hidden, dtype=torch.bfloat16, device=DEVICE)
+    gate_up = torch.zeros(experts, 2, ffn, hidden, dtype=torch.bfloat16, device=DEVICE)
+    down = torch.zeros(experts, hidden, ffn, dtype=torch.bfloat16, device=DEVICE)
+    assert max(rows * 2 * ffn, gate_up.numel()) > 2**31
+    x[-last:] = random_tensor(last, hidden, seed=1, dtype=torch.bfloat16)
+    gate_up[-1] = random_tensor(2, ffn, hidden, seed=2, dtype=torch.bfloat16, scale=hidden**-0.5)
+    down[-1] = random_tensor(hidden, ffn, seed=3, dtype=torch.bfloat16, scale=ffn**-0.5)
+    scale = random_tensor(rows, seed=4, dtype=torch.float32)
+    ends = torch.tensor([rows - last] * (experts - 1) + [rows], dtype=torch.int32, device=DEVICE)
+    found = []
+    for pieces in (
+        (x, gate_up, down, scale, ends),
+        (x[-last:], gate_up[-1:], down[-1:], scale[-last:], ends[-1:] - rows + last),
+    ):
+        leaves = [piece.detach().requires_grad_() for piece in pieces[:4]]
+        y = expert_ffn_by(Path.quack, *leaves, pieces[4])
+        d_x, d_gate_up, d_down, d_scale = torch.autograd.grad(y, leaves, torch.ones_like(y))
+        found.append([y[-last:], d_x[-last:], d_gate_up[-1], d_down[-1], d_scale[-last:]])
+    for mine, right in zip(*found, strict=True):
+        assert right.any() and torch.equal(mine, right)
+
+
+def test_the_fastest_path_is_taken_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    _announce.cache_clear()
+    inputs = [x.bfloat16() if x.dtype == torch.float64 else x for x in draw([3, 3, 8], 16, 24)]
+    with caplog.at_level(logging.INFO):
+        first, second = expert_ffn(*inputs), expert_ffn(*inputs)
+    assert torch.equal(first, second) and torch.equal(first, expert_ffn_by(PATHS[-1], *inputs))
+    assert [record.message.split(":")[0] for record in caplog.records] == [f"experts by {PATHS[-1]}"]
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "reason"),
+    [
+        ({}, Path.quack, "is installed"),
+        ({"has_quack": False}, Path.torch, "not installed"),
+        ({"capability": None}, Path.torch, "not on a GPU"),
+        ({"capability": (8, 0)}, Path.torch, "(8, 0)"),
+        ({"capability": (10, 0)}, Path.torch, "(10, 0)"),
+        ({"dtype": torch.float32}, Path.torch, "float32"),
+        ({"ffn": 100}, Path.torch, "expert_ffn_size 100"),
+        ({"hidden": 60}, Path.torch, "hidden_size 60"),
+    ],
+)
+def test_choice(given: dict, path: Path, reason: str) -> None:
+    best = {"dtype": torch.bfloat16, "hidden": 64, "ffn": 96, "capability": (9, 0), "has_quack": True}
+    found, why = choose_path(**{**best, **given})
+    assert found is path and reason in why
+
+
+@pytest.mark.parametrize("found", [None, "0.7.0"])
+def test_another_version_of_quack_is_not_used(
+    found: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def version(name: str) -> str:
+        assert name == "quack-kernels"
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr("kernels.expert_ffn.version", version)
+    assert quack_module.__wrapped__() is None
+    assert [record.message for record in caplog.records] == (
+        ["quack-kernels 0.7.0 is installed but not used: experts are tested with 0.6.5"] if found else []
+    )
