@@ -83,10 +83,17 @@ def collect_gradients(shards: Sequence[Shard], tp: Axis) -> None:
         if not shard.is_copied:
             shard.master.grad = grad.to_local() if isinstance(grad, DTensor) else grad
         elif grad is not None:  # split backward passes do not run the hook that filled the master's
-            more = grad.to(shard.master.device, torch.float32)
-            shard.master.grad = more if shard.master.grad is None else shard.master.grad + more
+            add_gradient(shard.master, grad)
     for share in {shard.share for shard in shards} - {1}:
         _sum_shared([shard for shard in shards if shard.share == share], share, tp)
+
+
+def add_gradient(master: Tensor, grad: Tensor) -> None:
+    """Add a gradient, perhaps rounded or on another device, to the master's in fp32."""
+    if master.grad is None:
+        master.grad = grad.to(master.device, torch.float32)
+    else:
+        master.grad += grad.to(master.device)  # widened as it is read, not by a copy
 
 
 def _sum_shared(shards: Sequence[Shard], share: int, tp: Axis) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard as DimShard
 from model.transformer import Block, Transformer
 from parallel.config import Offload
 from parallel.mesh import Mesh
-from parallel.placement import Shard
+from parallel.placement import Shard, add_gradient
 
 
 def apply_zero(
@@ -117,13 +117,9 @@ def accumulate_in_gemms(model: Transformer, shards: list[Shard]) -> None:
 
 def _accumulate_into(master: Tensor) -> Callable[[Tensor], None]:
     def add(parameter: Tensor) -> None:
-        if parameter.grad is None:  # its GEMM has added it (`accumulate_in_gemms`)
-            return
-        if master.grad is None:
-            master.grad = parameter.grad.to(master.device, torch.float32)
-        else:
-            master.grad += parameter.grad.to(master.device)  # widened as it is read, not by a copy
-        parameter.grad = None
+        if parameter.grad is not None:  # None: its GEMM has added it (`accumulate_in_gemms`)
+            add_gradient(master, parameter.grad)
+            parameter.grad = None
 
     return add
 
