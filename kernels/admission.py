@@ -25,6 +25,8 @@ from kernels.counting import (
 
 CELL_BLOCK = 64
 """Cells compared with as many others at a time."""
+COMPARED_CELLS = 4 * CELL_BLOCK
+"""Of all that share a capacity; with more, a launch of its own puts them in order first."""
 
 
 class Sharing(NamedTuple):
@@ -117,9 +119,9 @@ def count_cells(experts: Tensor, cells: Tensor, keys: Tensor, num_experts: int) 
 
 
 def admit_choices(tables: Tensor, starts: Tensor, sharing: Sharing) -> Admitted:
-    """Decide in one launch how many choices of each cell each expert admits, and where they go.
+    """Decide how many choices of each cell each expert admits, and where they go.
 
-    An expert takes (ranks * cells / CELL_BLOCK)^2 steps: many for hundreds of ranks (docs/decisions.md).
+    One launch, two if several groups share more than COMPARED_CELLS (docs/decisions.md).
 
     Args:
         tables: [ranks, cells, 1 + experts], each rank's from `count_cells`. starts: this rank's.
@@ -127,14 +129,30 @@ def admit_choices(tables: Tensor, starts: Tensor, sharing: Sharing) -> Admitted:
     num_cells, num_experts = starts.shape
     limits, shifts = torch.empty_like(starts), torch.empty_like(starts)
     ends = starts.new_empty((sharing.num_groups - 1, num_experts))
-    totals = starts.new_empty((3, num_experts))
+    totals, order = starts.new_empty((3, num_experts)), None
+    if sharing.num_groups > 1 and sharing.num_groups * sharing.group_size * num_cells > COMPARED_CELLS:
+        order = order_cells(tables, sharing)
     _admit_kernel[(num_experts,)](
-        tables, starts, limits, shifts, ends, totals, len(tables), num_cells, num_experts,
+        tables, order, starts, limits, shifts, ends, totals, len(tables), num_cells, num_experts,
         sharing.first, sharing.rank, sharing.num_groups, sharing.group_size,
         sharing.numerator, sharing.denominator * num_experts,
         BC=CELL_BLOCK, BX=16, BG=1 << (sharing.num_groups - 1).bit_length(), num_warps=4,
     )  # fmt: skip
     return Admitted(limits, shifts, ends, *totals)
+
+
+def order_cells(tables: Tensor, sharing: Sharing) -> Tensor:
+    """[cells of the ranks that share] int32: their numbers by key, equal ones by number; one launch.
+
+    Args:
+        tables: [ranks, cells, 1 + experts].
+    """
+    num_cells = sharing.num_groups * sharing.group_size * tables.shape[1]
+    order = torch.empty(num_cells, dtype=torch.int32, device=tables.device)
+    _order_kernel[(ceil_div(num_cells, 16),)](
+        tables, order, sharing.first * tables.shape[1], num_cells, tables.shape[2], BC=16, BO=256, num_warps=4
+    )
+    return order
 
 
 def assign_replicas(
@@ -234,6 +252,22 @@ def _load_cells(p_table, o_c, C, X, column):
 
 
 @triton.jit
+def _order_kernel(p_tables, p_order, first, C, columns, BC: tl.constexpr, BO: tl.constexpr):
+    """Grid: blocks of the C cells from `first` on. No two have the same place, so none is written twice."""
+    o_c = tl.program_id(0) * BC + tl.arange(0, BC)
+    b_key = tl.load(p_tables + (first + o_c).to(tl.int64) * columns, mask=o_c < C, other=0)
+    b_place = tl.zeros([BC], tl.int32)
+    for i_o in range(0, C, BO):
+        o_other = i_o + tl.arange(0, BO)
+        p_other = p_tables + (first + o_other).to(tl.int64) * columns
+        b_other = tl.load(p_other, mask=o_other < C, other=0)
+        is_tie = (b_other[None, :] == b_key[:, None]) & (o_other[None, :] < o_c[:, None])
+        is_before = ((b_other[None, :] < b_key[:, None]) | is_tie) & (o_other[None, :] < C)
+        b_place += tl.sum(is_before.to(tl.int32), 1)
+    tl.store(p_order + b_place, o_c, mask=o_c < C)
+
+
+@triton.jit
 def _admit(p_table, o_c, C, X, x, limit, BC: tl.constexpr):
     """[BC] choices of expert x in the cells o_c of C, and how many of them are among its first `limit`."""
     b_key, b_count = _load_cells(p_table, o_c, C, X, x)
@@ -244,12 +278,18 @@ def _admit(p_table, o_c, C, X, x, limit, BC: tl.constexpr):
         is_tie = (b_other[None, :] == b_key[:, None]) & (o_other[None, :] < o_c[:, None])
         is_before = (b_other[None, :] < b_key[:, None]) | is_tie
         b_before += tl.sum(tl.where(is_before, b_waiting[None, :], 0), 1)
-    return b_count, tl.minimum(tl.maximum(limit - b_before, 0), b_count)
+    return b_count, _take(limit - b_before, b_count)
+
+
+@triton.jit
+def _take(b_left, b_count):
+    """How many of each cell's choices are admitted where b_left may still be."""
+    return tl.minimum(tl.maximum(b_left, 0), b_count)
 
 
 @triton.jit
 def _admit_kernel(
-    p_tables, p_starts, p_limits, p_shifts, p_ends, p_totals, R, C, X, first, rank, G, M,
+    p_tables, p_order, p_starts, p_limits, p_shifts, p_ends, p_totals, R, C, X, first, rank, G, M,
     numerator, denominator, BC: tl.constexpr, BX: tl.constexpr, BG: tl.constexpr,
 ):  # fmt: skip
     """Grid: experts."""
@@ -276,9 +316,16 @@ def _admit_kernel(
     if BG > 1:
         o_g = tl.arange(0, BG)
         b_group = tl.zeros([BG], tl.int64)
+        left = limit  # what the cells in order may still have, negative once they have had all
         for i_c in range(0, peer_cells, BC):
             o_c = i_c + tl.arange(0, BC)
-            _, b_admitted = _admit(p_peers, o_c, peer_cells, X, x, limit, BC)
+            if p_order is None:
+                _, b_admitted = _admit(p_peers, o_c, peer_cells, X, x, limit, BC)
+            else:
+                o_c = tl.load(p_order + o_c, mask=o_c < peer_cells, other=peer_cells)
+                _, b_count = _load_cells(p_peers, o_c, peer_cells, X, x)
+                b_admitted = _take(left - tl.cumsum(b_count, 0) + b_count, b_count)
+                left -= tl.sum(b_count, 0)
             o_rank = o_c // C
             is_earlier = (o_rank // M == group) & (o_rank % M < member)
             b_earlier += tl.where(is_earlier, b_admitted, 0)

@@ -245,7 +245,7 @@ def decide_replicas(
 def decide_replicas_triton(
     experts: Tensor, cells: Tensor, keys: Tensor, pool: Pool, *, num_experts: int, factor: float
 ) -> Admission:
-    """`decide_replicas` in four launches and the collective."""
+    """`decide_replicas` in four launches, five in a large pool, and the collective."""
     counted = count_cells(experts, cells, keys, num_experts)
     exact = exact_factor(factor)
     sharing = Sharing(
