@@ -25,7 +25,7 @@ from kernels.counting import (
 
 CELL_BLOCK = 64
 """Cells compared with as many others at a time."""
-COMPARED_CELLS = 4 * CELL_BLOCK
+COMPARED_CELLS = 2 * CELL_BLOCK
 """Of all that share a capacity; with more, a launch of its own puts them in order first."""
 
 

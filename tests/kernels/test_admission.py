@@ -250,8 +250,8 @@ class Launches:
     [
         (1, 1, 302, ["_admit_kernel"]),
         (1, 64, 6, ["_admit_kernel"]),
-        (16, 4, 4, ["_admit_kernel"]),
-        (8, 2, 18, ["_order_kernel", "_admit_kernel"]),
+        (8, 4, 4, ["_admit_kernel"]),
+        (8, 2, 9, ["_order_kernel", "_admit_kernel"]),
         (3, 1, 128, ["_order_kernel", "_admit_kernel"]),
     ],
 )
