@@ -29,7 +29,17 @@ from scripts.hf_tokenizer import copy_tokenizer, export_tokenizer
 from scripts.load_model import model_config, open_checkpoint
 from train.manifest import Manifest
 from train.restore import read_boxes, verify
-from train.storage import Box, CheckpointError, Part, Written, commit, file_name, free_bytes, no_room
+from train.storage import (
+    MANIFEST,
+    Box,
+    CheckpointError,
+    Part,
+    Written,
+    commit,
+    file_name,
+    free_bytes,
+    no_room,
+)
 from train.tensor_file import CODES, Form, TensorFileWriter, by_alignment
 
 NAMED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -272,10 +282,13 @@ def new_folder(output: Path, size: int) -> Iterator[Path]:
     """A folder beside `output` that becomes it at the end, or is removed; `size` bytes will be written.
 
     Raises:
-        ConversionError: output exists, or has no room.
+        ConversionError: output exists, lies inside a checkpoint, or has no room.
     """
     if output.exists() or output.is_symlink():
         raise ConversionError(f"--output {output}: exists; give another folder or remove it")
+    for parent in output.absolute().parents:
+        if (parent / MANIFEST).exists():
+            raise ConversionError(f"--output {output}: lies inside the checkpoint {parent}; give one outside")
     folder = output.with_name(f".tmp-{output.name}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

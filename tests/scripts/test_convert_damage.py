@@ -92,7 +92,8 @@ def flip_a_byte(checkpoint: Path) -> None:
         (lambda c: (c.parent / "out").mkdir(), [], "out: exists; give another folder"),
         (lambda c: None, ["--shard-bytes", 0], "--shard-bytes 0 must be at least 1"),
         (lambda c: None, ["--tokenizer", "nowhere"], "tokenizer nowhere/tokenizer.json not found"),
-        (lambda c: None, ["--output", "{tmp}/c/manifest.json/out"], "Not a directory"),
+        (lambda c: None, ["--output", "{tmp}/c/hf/out"], "hf/out: lies inside the checkpoint"),
+        (lambda c: None, ["--output", "{tmp}/hf/config.json/out"], "Not a directory"),
     ],
 )
 def test_an_export_that_cannot_be_is_none(
