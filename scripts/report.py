@@ -129,7 +129,8 @@ def metric_charts(rows: list[dict[str, float | None]]) -> str:
     add("tokens_per_second", "Throughput (tokens per second)")
     add("mfu", "Model FLOPs utilisation (%)", 100)
     add("max_memory_gib", "Peak memory of rank 0 (GiB)")
-    add("stage", "Stage of the curriculum")
+    if len(set(column(rows, "stage").y)) > 1:
+        add("stage", "Stage of the curriculum")
     if len(set(column(rows, "row_tokens").y)) > 1:
         add("row_tokens", "Row length (tokens)", log=True)
     add("checkpoint_age_steps", "Checkpoint age (steps that a crash would lose)")

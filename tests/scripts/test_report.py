@@ -173,6 +173,8 @@ def test_stages_memory_checkpoints_and_alerts_are_shown(tmp_path: Path) -> None:
         ("Spike score (deviations)", "spike_score", [1.5] * 4),
     ]:
         assert [p[3] for p in points(charts[title], key)] == values, title
+    unchanged = svgs(page_of(write_run(tmp_path / "one stage", rows[:2], [experts_row(1)])))
+    assert "Stage of the curriculum" not in unchanged and "Row length (tokens)" not in unchanged
     assert page.count("Dead experts: step 3: layer 1 expert 0: no choice in 3 intervals") == 1
 
 
