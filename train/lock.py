@@ -23,9 +23,19 @@ class RunLock(NamedTuple):
     """What came of asking for the lock."""
 
     file: TextIO | None
-    """Keep it: closing it lets the lock go. None where another job has it."""
+    """Keep it: closing it lets the lock go. None where it was not taken."""
     holder: str
     """Who else has it, for people; "" = nobody."""
+    error: str = ""
+    """Why nothing can be written there; "" = it can."""
+
+    def refusal(self, run_dir: Path) -> str:
+        """Why no job can start in the directory; "" = one can."""
+        if self.error:
+            return f"run_dir={run_dir} cannot be used: {self.error}; mend that, or give another run_dir"
+        if self.holder:
+            return f"run_dir={run_dir} is in use by {self.holder}; stop it, or use another run_dir"
+        return ""
 
 
 def take_lock(run_dir: Path, launch: str, slurm_job: str | None) -> RunLock:
@@ -34,14 +44,21 @@ def take_lock(run_dir: Path, launch: str, slurm_job: str | None) -> RunLock:
     Args:
         launch: tells this launch of processes from others.
     """
+    try:
+        return _take_lock(run_dir, launch, slurm_job)
+    except OSError as error:
+        return RunLock(None, "", str(error))
+
+
+def _take_lock(run_dir: Path, launch: str, slurm_job: str | None) -> RunLock:
     run_dir.mkdir(parents=True, exist_ok=True)
     file = (run_dir / ".lock").open("a+", encoding="utf-8")
     for _ in range(ATTEMPTS):  # a rank that asks who holds it has it for a moment
         if _try(file, fcntl.LOCK_EX):
             file.truncate(0)
             facts = {"host": socket.gethostname(), "pid": os.getpid(), "slurm_job": slurm_job}
-            file.write(json.dumps({**facts, "launch": launch}) + "\n")
-            file.flush()
+            text = json.dumps({**facts, "launch": launch}) + "\n"
+            os.write(file.fileno(), text.encode())  # a buffer would fail once more when it is closed
             return RunLock(file, "")
         time.sleep(PAUSE_SECONDS)
     holder = _describe(_read(file))

@@ -76,14 +76,14 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
         lock = take_lock(run_dir, launch_name(), slurm_job()) if leader else RunLock(None, "")
         stages = build_stages(cfg)
         validate_stages(stages, launched_world_size())
-        if leader and not lock.holder:
+        if leader and lock.file is not None:
             sweep(run_dir / "checkpoints")  # before any rank looks there: they wait for the lock's answer
         device = device_type(cfg.train.device)
         stop = StopRequest().install()
         set_determinism(cfg.train.deterministic)
         world = join_job(device)
-        if holder := from_leader(lock.holder, world):
-            raise ConfigError(f"run_dir={run_dir} is in use by {holder}; stop it, or use another run_dir")
+        if problem := from_leader(lock.refusal(run_dir), world):
+            raise ConfigError(problem)
         if problem := from_leader(set_newer_aside(run_dir, cfg.rewind) if leader else "", world):
             raise ConfigError(problem)
         start = choose_start(run_dir, cfg.checkpoint, world, stop)

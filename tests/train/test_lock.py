@@ -7,10 +7,12 @@ import os
 import re
 import signal
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from tests.train.disks import fill, small_disk
 from tests.train.test_pretrain import ROOT, command, launch, pretrain, start_and_wait
 from train.lock import lock_holder, take_lock
 
@@ -49,6 +51,25 @@ def test_a_file_system_without_locks_is_a_warning(
     monkeypatch.setattr(fcntl, "flock", refused)
     assert take_lock(tmp_path, "a:1", None).holder == ""
     assert "has no locks" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["below a file", pytest.param("full disk", marks=pytest.mark.faults)])
+def test_a_run_directory_that_cannot_be_written_is_one_line_on_all_ranks(
+    where: str, license_corpus: Path, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        if where == "full disk":
+            parent = stack.enter_context(small_disk(tmp_path / "disk", mebibytes=1))
+            fill(parent)
+        else:
+            parent = tmp_path / "file"
+            parent.touch()
+        ended = launch(*arguments(license_corpus, parent / "run"), processes=2)
+    assert ended.codes == [2, 2], ended.said
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in "".join(ended.said)
+    reason = "No space left on device" if where == "full disk" else "Not a directory"
+    assert f"run_dir={parent / 'run'} cannot be used: " in errors[0] and reason in errors[0]
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
