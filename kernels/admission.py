@@ -252,6 +252,13 @@ def _load_cells(p_table, o_c, C, X, column):
 
 
 @triton.jit
+def _is_before(b_other, o_other, b_key, o_c):
+    """[cells, others]: whether the other comes first, by key, equal ones by number."""
+    is_tie = (b_other[None, :] == b_key[:, None]) & (o_other[None, :] < o_c[:, None])
+    return (b_other[None, :] < b_key[:, None]) | is_tie
+
+
+@triton.jit
 def _order_kernel(p_tables, p_order, first, C, columns, BC: tl.constexpr, BO: tl.constexpr):
     """Grid: blocks of the C cells from `first` on. No two have the same place, so none is written twice."""
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
@@ -261,8 +268,7 @@ def _order_kernel(p_tables, p_order, first, C, columns, BC: tl.constexpr, BO: tl
         o_other = i_o + tl.arange(0, BO)
         p_other = p_tables + (first + o_other).to(tl.int64) * columns
         b_other = tl.load(p_other, mask=o_other < C, other=0)
-        is_tie = (b_other[None, :] == b_key[:, None]) & (o_other[None, :] < o_c[:, None])
-        is_before = ((b_other[None, :] < b_key[:, None]) | is_tie) & (o_other[None, :] < C)
+        is_before = _is_before(b_other, o_other, b_key, o_c) & (o_other[None, :] < C)
         b_place += tl.sum(is_before.to(tl.int32), 1)
     tl.store(p_order + b_place, o_c, mask=o_c < C)
 
@@ -275,8 +281,7 @@ def _admit(p_table, o_c, C, X, x, limit, BC: tl.constexpr):
     for i_c in range(0, C, BC):
         o_other = i_c + tl.arange(0, BC)
         b_other, b_waiting = _load_cells(p_table, o_other, C, X, x)
-        is_tie = (b_other[None, :] == b_key[:, None]) & (o_other[None, :] < o_c[:, None])
-        is_before = (b_other[None, :] < b_key[:, None]) | is_tie
+        is_before = _is_before(b_other, o_other, b_key, o_c)
         b_before += tl.sum(tl.where(is_before, b_waiting[None, :], 0), 1)
     return b_count, _take(limit - b_before, b_count)
 

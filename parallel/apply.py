@@ -80,7 +80,6 @@ def parallelize(
         init_slice(shard.master, shard.name, cfg=parts[0].cfg, seed=seed, **where)
     copy_for_compute(shards, mesh.device, dtype)
     if cfg.schedule not in SPLIT_BACKWARD:
-        for model in parts:
-            accumulate_in_gemms(model, shards)
+        accumulate_in_gemms(parts, shards)
     publish(shards)
     return shards

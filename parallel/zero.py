@@ -5,7 +5,7 @@ The loss is divided by the global batch's target tokens, so every gradient is a 
 
 import dataclasses
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -107,10 +107,10 @@ def copy_for_compute(shards: list[Shard], device: torch.device, dtype: torch.dty
         shard.parameter.register_post_accumulate_grad_hook(_accumulate_into(shard.master))
 
 
-def accumulate_in_gemms(model: Transformer, shards: list[Shard]) -> None:
+def accumulate_in_gemms(parts: Sequence[Transformer], shards: list[Shard]) -> None:
     """Let the experts' GEMMs add to the gradients of fp32 masters, where FSDP2 does not hold them."""
     masters = {s.parameter: s.master for s in shards if s.is_copied and s.master.device == s.parameter.device}
-    for experts in (block.moe.experts for block in _blocks(model)):
+    for experts in (block.moe.experts for model in parts for block in _blocks(model)):
         if experts.gate_up in masters:
             experts.masters = masters[experts.gate_up], masters[experts.down]
 

@@ -76,7 +76,7 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
         lock = take_lock(run_dir, launch_name(), slurm_job()) if leader else RunLock(None, "")
         stages = build_stages(cfg)
         validate_stages(stages, launched_world_size())
-        if leader and lock.file is not None:
+        if lock.file is not None:
             sweep(run_dir / "checkpoints")  # before any rank looks there: they wait for the lock's answer
         device = device_type(cfg.train.device)
         stop = StopRequest().install()

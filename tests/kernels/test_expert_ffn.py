@@ -54,7 +54,7 @@ def test_paths_against_the_twin(
 @pytest.mark.skipif(Path.quack not in PATHS, reason="quack adds in its GEMMs")
 @pytest.mark.parametrize("ends", [ends for ends in ENDS.values() if ends[-1]])
 def test_weight_gradients_are_added_to_those_of_the_masters(ends: list[int]) -> None:
-    """Three passes: their sum in fp32 is no further from the truth than rounded ones; twice the same bits."""
+    """Three passes: their sum in fp32 errs at most twice as much as the twin's rounded ones; it repeats."""
     inputs = draw(ends, 256, 96)
     narrow = [x.bfloat16() if x.dtype == torch.float64 else x for x in inputs]
     weights = [x.requires_grad_() for x in narrow[1:3]]
