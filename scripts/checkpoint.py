@@ -9,9 +9,9 @@ import argparse
 import math
 from collections import Counter
 
-from train.manifest import DTYPES, read_manifest, show
-from train.restore import verify
-from train.storage import MANIFEST, CheckpointError, newest_in
+from train.checkpoint.manifest import DTYPES, read_manifest, show
+from train.checkpoint.restore import verify
+from train.checkpoint.storage import MANIFEST, CheckpointError, newest_in
 
 
 def main() -> int:

@@ -26,10 +26,10 @@ from scripts.hf_config import ConversionError, Layout, read_config, write_config
 from scripts.hf_names import BUFFERS, Piece, pieces
 from scripts.hf_tensors import CHUNK, DTYPES, INDEX, Stored, find_tensors, read_json
 from scripts.hf_tokenizer import copy_tokenizer, export_tokenizer
-from scripts.load_model import model_config, open_checkpoint
-from train.manifest import Manifest
-from train.restore import read_boxes, verify
-from train.storage import (
+from train.checkpoint.load_model import model_config, open_checkpoint
+from train.checkpoint.manifest import Manifest
+from train.checkpoint.restore import read_boxes, verify
+from train.checkpoint.storage import (
     MANIFEST,
     Box,
     CheckpointError,
@@ -40,7 +40,7 @@ from train.storage import (
     free_bytes,
     no_room,
 )
-from train.tensor_file import CODES, Form, TensorFileWriter, by_alignment
+from train.checkpoint.tensor_file import CODES, Form, TensorFileWriter, by_alignment
 
 NAMED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from train.config import CONF_DIR, ConfigError, RunConfig, explain, load_config, register_schema, rewrite_conf
-from train.stages import Stage, build_stages, tokens_at, total_steps
+from train.curriculum_stages import Stage, build_stages, tokens_at, total_steps
 
 COLUMNS = (
     "stage", "steps", "from step", "tokens", "row", "RoPE base", "batch", "learning rate", "mixture",

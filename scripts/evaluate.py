@@ -24,7 +24,8 @@ from model.decoding import decoding
 from model.sampling import Sampling, continue_prompts
 from model.transformer import Transformer
 from scripts.charts import SCRIPT, STYLE, Series, line_chart, lone_svg, share_map
-from scripts.load_model import (
+from scripts.needles import KEYS, SENTENCES, encoder, make_task
+from train.checkpoint.load_model import (
     DTYPES,
     Checkpoint,
     choose_device,
@@ -33,8 +34,7 @@ from scripts.load_model import (
     load_model,
     open_checkpoint,
 )
-from scripts.needles import KEYS, SENTENCES, encoder, make_task
-from train.storage import CheckpointError
+from train.checkpoint.storage import CheckpointError
 
 REACH = (0.25, 0.5, 1, 2, 4)
 """Default lengths, in rows of the training."""

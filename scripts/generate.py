@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 
 from model.sampling import Sampling, continue_prompts
-from scripts.load_model import (
+from train.checkpoint.load_model import (
     DTYPES,
     choose_device,
     choose_dtype,
@@ -23,7 +23,7 @@ from scripts.load_model import (
     load_model,
     open_checkpoint,
 )
-from train.storage import CheckpointError
+from train.checkpoint.storage import CheckpointError
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

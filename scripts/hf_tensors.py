@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from scripts.hf_config import ConversionError
-from train.tensor_file import CODES
+from train.checkpoint.tensor_file import CODES
 
 CHUNK = 2**22
 """Bytes held at once."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from data.tokenizer import eos_id, load_tokenizer, tokenizer_file
 from scripts.hf_config import ConversionError
-from train.manifest import TOKENIZER, Manifest
-from train.storage import measure
+from train.checkpoint.manifest import TOKENIZER, Manifest
+from train.checkpoint.storage import measure
 
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from scripts.charts import SCRIPT, STYLE, Series, heat_map, line_chart, merge_columns, number, smooth
-from train.dashboards import Alert, ExpertWatch
+from train.monitor.dashboards import Alert, ExpertWatch
 
 Row = TypeVar("Row")
 STATUS = {

@@ -21,10 +21,10 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from scripts.curriculum import read_config
-from train.checkpoint import Resume
+from train.checkpoint.contents import Resume
 from train.config import ConfigError, explain
-from train.signals import Ending
-from train.stages import build_stages, validate_stages
+from train.curriculum_stages import build_stages, validate_stages
+from train.guard.signals import Ending
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "scripts/slurm/pretrain.sbatch"

@@ -18,7 +18,7 @@ import pytest
 from scripts.curriculum import read_config
 from tests.clone import ROOT, clone_repository
 from train.config import ConfigError
-from train.stages import build_stages, validate_stages
+from train.curriculum_stages import build_stages, validate_stages
 
 NEEDS = {"gpu", "network", "slurm"}
 DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "getting-started.md"]  # what the others begin with

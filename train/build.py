@@ -26,21 +26,21 @@ from model.transformer import Transformer
 from parallel.apply import build_parts, parallelize
 from parallel.collectives import from_leader
 from parallel.mesh import Mesh, launcher_grace_s
+from parallel.optimizer import build_optimizer
 from parallel.pipeline import Pipeline, SingleStage
 from parallel.placement import Shard
-from train.checkpoint import Change, Resume, SaveMode, own_boxes
+from train.checkpoint.contents import Change, Resume, SaveMode, own_boxes
+from train.checkpoint.manifest import Manifest
+from train.checkpoint.resume import NoCheckpointError, Start, load_checkpoint, load_weights, set_results_aside
+from train.checkpoint.rewind import skipped_steps
+from train.checkpoint.saving import Saver
 from train.config import ConfigError, Device, Precision, RunConfig, user_errors
-from train.health import Health
-from train.integrity import StateGuard
-from train.manifest import Manifest
-from train.metrics import MetricsWriter
-from train.optimizer import build_optimizer
-from train.resume import NoCheckpointError, Start, load_checkpoint, load_weights, set_results_aside
-from train.rewind import skipped_steps
-from train.saving import Saver
-from train.signals import StoppedEarly, StopRequest
-from train.stages import Stage, doubts, naming, stage_of, tokens_at, total_steps
-from train.watchdog import Watchdog
+from train.curriculum_stages import Stage, doubts, naming, stage_of, tokens_at, total_steps
+from train.guard.integrity import StateGuard
+from train.guard.signals import StoppedEarly, StopRequest
+from train.guard.spikes import Health
+from train.guard.watchdog import Watchdog
+from train.monitor.metrics import MetricsWriter
 
 log = logging.getLogger(__name__)
 

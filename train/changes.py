@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from train.checkpoint import Change
+from train.checkpoint.contents import Change
+from train.checkpoint.manifest import Manifest, show
 from train.config import ConfigError
-from train.manifest import Manifest, show
-from train.stages import Stage, stage_of
+from train.curriculum_stages import Stage, stage_of
 
 log = logging.getLogger(__name__)
 

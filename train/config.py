@@ -22,17 +22,17 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from data.config import DataConfig
 from model.config import ModelConfig, RouterConfig
 from parallel.config import MoEConfig, ParallelConfig, Recompute
-from train.checkpoint import CheckpointConfig, Resume
-from train.curriculum import StageConfig
-from train.dashboards import WandbConfig
-from train.event_files import TensorboardConfig
-from train.health import HealthConfig, Rerun
-from train.layout import check_layout
-from train.metrics import LogConfig
-from train.optimizer import OptimizerConfig
-from train.rewind import RewindConfig
-from train.schedule import ScheduleConfig
-from train.tracing import ProfileConfig
+from parallel.layout import check_layout
+from parallel.optimizer import OptimizerConfig
+from train.checkpoint.contents import CheckpointConfig, Resume
+from train.checkpoint.rewind import RewindConfig
+from train.guard.spikes import HealthConfig, Rerun
+from train.monitor.dashboards import WandbConfig
+from train.monitor.event_files import TensorboardConfig
+from train.monitor.metrics import LogConfig
+from train.monitor.tracing import ProfileConfig
+from train.schedule.curriculum import StageConfig
+from train.schedule.learning_rate import ScheduleConfig
 
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 

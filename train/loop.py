@@ -11,17 +11,17 @@ from data.mixture import ExhaustedError
 from data.packing import Batch
 from model.flops import training_flops_per_token
 from train.build import Run, count_data, enter_stage
-from train.checkpoint import SaveMode, git_commit, own_boxes
+from train.checkpoint.contents import SaveMode, git_commit, own_boxes
 from train.config import ConfigError, user_errors
-from train.dashboards import Alert
-from train.expert_counts import read_counts
-from train.integrity import DamagedStateError
-from train.metrics import Throughput, peak_flops
-from train.signals import Ending, StoppedEarly
-from train.stages import stage_of, total_steps
+from train.curriculum_stages import stage_of, total_steps
+from train.guard.integrity import DamagedStateError
+from train.guard.signals import Ending, StoppedEarly
+from train.guard.stragglers import SectionClock, find_slow, gather_times
+from train.monitor.dashboards import Alert
+from train.monitor.expert_counts import read_counts
+from train.monitor.metrics import Throughput, peak_flops
+from train.monitor.tracing import Tracer
 from train.step import StepResult, evaluate, train_step
-from train.stragglers import SectionClock, find_slow, gather_times
-from train.tracing import Tracer
 
 log = logging.getLogger(__name__)
 

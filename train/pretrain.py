@@ -33,6 +33,9 @@ from parallel.mesh import (
 )
 from train.build import build_run, device_type
 from train.changes import judge_changes
+from train.checkpoint.resume import NoCheckpointError, choose_start, saved_model
+from train.checkpoint.rewind import set_newer_aside
+from train.checkpoint.storage import sweep
 from train.config import (
     ConfigError,
     RunConfig,
@@ -42,15 +45,12 @@ from train.config import (
     register_schema,
     rewrite_conf,
 )
-from train.lock import RunLock, lock_holder, take_lock
-from train.log import set_up_logging
+from train.curriculum_stages import build_stages, stage_of, validate_stages
+from train.guard.lock import RunLock, lock_holder, take_lock
+from train.guard.signals import EXIT_CODES, Ending, StoppedEarly, StopRequest, clear_sentinels, write_sentinel
+from train.guard.watchdog import Watchdog
 from train.loop import train
-from train.resume import NoCheckpointError, choose_start, saved_model
-from train.rewind import set_newer_aside
-from train.signals import EXIT_CODES, Ending, StoppedEarly, StopRequest, clear_sentinels, write_sentinel
-from train.stages import build_stages, stage_of, validate_stages
-from train.storage import sweep
-from train.watchdog import Watchdog
+from train.monitor.log import set_up_logging
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="pretrain")

@@ -13,12 +13,12 @@ from data.packing import Batch
 from parallel.collectives import all_reduce_sum
 from parallel.context import zigzag
 from parallel.grad import clip_factor, square_sum
+from parallel.optimizer import clipped_step, set_lr
 from parallel.pipeline import MicroBatch
 from parallel.placement import collect_gradients, drop_gradients
 from train.build import Run
-from train.health import Rerun, find_non_finite
-from train.integrity import digests, some
-from train.optimizer import clipped_step, set_lr
+from train.guard.integrity import digests, some
+from train.guard.spikes import Rerun, find_non_finite
 
 log = logging.getLogger(__name__)
 

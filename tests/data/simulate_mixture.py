@@ -22,7 +22,7 @@ from data.planner import Planner, build_units
 from scripts.charts import LEFT, RIGHT, Series, line_chart
 from scripts.curriculum import read_config
 from train.config import ConfigError, RunConfig
-from train.stages import Stage, build_stages
+from train.curriculum_stages import Stage, build_stages
 
 TOLERANCE = 0.01
 WEIGHTS = {"web": 0.6, "code": 0.3, "books": 0.1}  # if the run has no sources of its own

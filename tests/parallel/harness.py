@@ -32,11 +32,11 @@ from parallel.config import MoEConfig, ParallelConfig, Recompute, Schedule
 from parallel.context import zigzag
 from parallel.grad import square_sum
 from parallel.mesh import Mesh, init_mesh, one_process
+from parallel.optimizer import OptimizerConfig, build_optimizer
 from parallel.pipeline import MicroBatch, Pipeline, SingleStage
 from parallel.placement import Shard, collect_gradients, drop_gradients, publish
 from tests.dist import run_distributed
 from train.config import BatchConfig, Precision, RunConfig, TrainConfig
-from train.optimizer import OptimizerConfig, build_optimizer
 
 STEPS = 3
 TINY = ModelConfig(

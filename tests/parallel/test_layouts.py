@@ -17,6 +17,7 @@ from model.config import ModelConfig, RouterConfig
 from parallel.config import ParallelConfig, Schedule
 from parallel.grad import square_sum
 from parallel.mesh import init_mesh
+from parallel.optimizer import OptimizerConfig, build_optimizer, moments
 from parallel.placement import publish
 from tests.dist import run_distributed
 from tests.parallel.harness import (
@@ -31,12 +32,11 @@ from tests.parallel.harness import (
     run_cases,
     settled,
 )
-from train.checkpoint import own_boxes
+from train.checkpoint.contents import own_boxes
+from train.checkpoint.manifest import read_manifest
+from train.checkpoint.resume import load_checkpoint
+from train.checkpoint.saving import write_together
 from train.config import ConfigError
-from train.manifest import read_manifest
-from train.optimizer import OptimizerConfig, build_optimizer, moments
-from train.resume import load_checkpoint
-from train.saving import write_together
 
 # Sizes that divide by few axes: local parts of FSDP2 are uneven, some empty.
 MODEL = ModelConfig(

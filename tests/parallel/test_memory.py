@@ -10,12 +10,12 @@ from parallel.collectives import all_reduce_sum
 from parallel.config import Offload, ParallelConfig, Recompute, Schedule
 from parallel.context import zigzag
 from parallel.mesh import Mesh, init_mesh, one_process
+from parallel.optimizer import OptimizerConfig, build_optimizer
 from parallel.pipeline import MicroBatch, SingleStage
 from parallel.placement import Shard, collect_gradients, drop_gradients, publish
 from parallel.zero import copy_for_compute
 from tests.dist import run_distributed
 from tests.parallel.harness import TINY
-from train.optimizer import OptimizerConfig, build_optimizer
 
 ROWS, TOKENS = 4, 24
 OFFSETS = torch.tensor([[0, 5, 6, 20, TOKENS], [0, TOKENS, TOKENS, TOKENS, TOKENS]] * 2, dtype=torch.int32)

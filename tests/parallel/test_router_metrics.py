@@ -14,7 +14,7 @@ from model.router import Micro, Router, Routing
 from parallel.config import ParallelConfig, Recompute, Schedule
 from parallel.mesh import Mesh, init_mesh
 from tests.parallel.harness import TINY, Built, Case, build, explain_failures, run_cases
-from train.expert_counts import ExpertCounts, read_counts
+from train.monitor.expert_counts import ExpertCounts, read_counts
 
 GLOBAL = RouterConfig(capacity_factor=0.9, z_loss_coefficient=0.01)
 WHOLE_STEP = replace(GLOBAL, aux_scope=AuxScope.global_batch)

@@ -25,16 +25,16 @@ from parallel.mesh import one_process
 from scripts.convert_hf import main
 from scripts.hf_config import Layout, write_config
 from scripts.hf_names import BUFFERS, pieces
-from scripts.load_model import load_model, open_checkpoint
 from tests.conftest import ROOT
 from tests.model.test_transformers_parity import make_config, make_pair, one_document
 from tests.train.test_config import composed
 from tests.train.test_pretrain import lines, pretrain
 from train.build import build_data
+from train.checkpoint.load_model import load_model, open_checkpoint
+from train.checkpoint.restore import verify
 from train.config import load_config
-from train.restore import verify
-from train.signals import StopRequest
-from train.stages import build_stages
+from train.curriculum_stages import build_stages
+from train.guard.signals import StopRequest
 
 L, S = LayerType.lightning, LayerType.softmax
 PATTERNS = [[L, L, L, S], [S, L], [L, L], [S], [L, S, L]]

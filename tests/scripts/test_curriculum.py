@@ -10,8 +10,8 @@ import pytest
 
 from scripts.curriculum import COLUMNS, main, mixture, read_config
 from tests.data import simulate_mixture
-from train.curriculum import StageConfig
-from train.stages import build_stages
+from train.curriculum_stages import build_stages
+from train.schedule.curriculum import StageConfig
 
 ROWS = [  # of conf=minimax_text_01, in the order of COLUMNS; a column is cut where two blanks are
     "8k-16m|4,113|1|69B|8Ki|10k|16Mi|4.00e-07 .. 2.00e-04|as it comes|-|8",

@@ -14,10 +14,10 @@ from data.dataset import DatasetWriter, TokenDataset
 from data.stream import split_documents
 from data.tokenizer import load_tokenizer
 from scripts.evaluate import main, read_texts
-from scripts.load_model import Checkpoint, load_model, open_checkpoint
 from scripts.needles import SENTENCES, encoder, make_document, make_task
 from scripts.needles import main as write_needles
-from train.manifest import Manifest
+from train.checkpoint.load_model import Checkpoint, load_model, open_checkpoint
+from train.checkpoint.manifest import Manifest
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -15,9 +15,9 @@ from data.config import DataConfig, SourceConfig
 from data.dataset import TokenDataset
 from data.loader import Loader, Shape
 from scripts.generate import main
-from scripts.load_model import Checkpoint, end_token, find_tokenizer, load_model, open_checkpoint
 from tests.train.test_pretrain import lines
-from train.manifest import Manifest
+from train.checkpoint.load_model import Checkpoint, end_token, find_tokenizer, load_model, open_checkpoint
+from train.checkpoint.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["Flight Paris 47 is on time. The train to the coast", "Rain fell", "Flight Oslo 11 is"]

@@ -21,7 +21,7 @@ def main() -> None:
     sys.path[0] = str(ROOT)
     from data.prefetch import Prefetcher
     from parallel.pipeline import SingleStage
-    from train.signals import StopRequest
+    from train.guard.signals import StopRequest
 
     owner, name = {
         "step": (SingleStage, "forward_backward"),

@@ -27,8 +27,8 @@ from train.config import (
     run_names,
     stage_run_file,
 )
-from train.schedule import DecayShape, ScheduleConfig, lr_factor
-from train.stages import build_stages, doubts
+from train.curriculum_stages import build_stages, doubts
+from train.schedule.learning_rate import DecayShape, ScheduleConfig, lr_factor
 
 register_schema()
 

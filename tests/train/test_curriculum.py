@@ -22,11 +22,11 @@ from parallel.mesh import one_process
 from tests.train.test_config import config
 from tests.train.test_pretrain import ROOT, column, ending, launch, lines
 from train.build import build_data
+from train.checkpoint.storage import checksum
 from train.config import ConfigError, RunConfig
-from train.curriculum import LrShape, StageConfig, StageLayout
-from train.signals import StopRequest
-from train.stages import build_stages, stage_of, tokens_at, total_steps, validate_stages
-from train.storage import checksum
+from train.curriculum_stages import build_stages, stage_of, tokens_at, total_steps, validate_stages
+from train.guard.signals import StopRequest
+from train.schedule.curriculum import LrShape, StageConfig, StageLayout
 
 SOURCES = "data.sources=[{path: corpus/python}]"
 

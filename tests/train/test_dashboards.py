@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 from wandb.proto import wandb_internal_pb2
 
-from train.dashboards import (
+from train.monitor.dashboards import (
     BOTTOM,
     COLD,
     HOT,
@@ -38,7 +38,7 @@ from train.dashboards import (
     load_histogram,
     load_share,
 )
-from train.metrics import LogConfig, MetricsWriter
+from train.monitor.metrics import LogConfig, MetricsWriter
 
 LOAD = [[20, 10, 0, 50], [20, 20, 20, 20]]
 
@@ -274,7 +274,7 @@ def test_our_own_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path
     dashboard.run = BrokenRun()
     for name in ("heat_map", "load_histogram", "expert_values"):
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(f"train.dashboards.{name}", fail)
+            patch.setattr(f"train.monitor.dashboards.{name}", fail)
             dashboard.write(record_of(1), experts_of(1))
 
 

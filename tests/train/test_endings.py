@@ -19,10 +19,10 @@ import torch
 from parallel.mesh import Axis
 from tests.train.forked import run_forked
 from tests.train.test_pretrain import column, ending, lines, tensors
-from train.checkpoint import CheckpointConfig, SaveMode
-from train.saving import Saver
-from train.storage import Box
-from train.tracing import ProfileConfig
+from train.checkpoint.contents import CheckpointConfig, SaveMode
+from train.checkpoint.saving import Saver
+from train.checkpoint.storage import Box
+from train.monitor.tracing import ProfileConfig
 
 
 def source(corpus: Path, **more: float) -> str:
@@ -106,7 +106,7 @@ def test_a_stop_before_the_first_step_costs_no_step(license_corpus: Path, tmp_pa
 
 def fails_while_it_saves(rank: int) -> None:
     """A fault for run_forked: rank 1 fails in step 3; step 2's save lasts until that rank waits for it."""
-    storage, loop = import_module("train.storage"), import_module("train.loop")
+    storage, loop = import_module("train.checkpoint.storage"), import_module("train.loop")
     inner, settle, waits = loop.train_step, Saver.settle, threading.Event()
 
     def step(run: Any, batches: Any) -> Any:
@@ -135,7 +135,7 @@ def test_a_run_that_fails_keeps_the_save_in_flight(license_corpus: Path, tmp_pat
 def test_a_save_that_hangs_does_not_keep_a_failed_run(tmp_path: Path) -> None:
     root, hangs = tmp_path / "checkpoints", threading.Event()
     saver = Saver(root, CheckpointConfig(), Axis("world", 0, (0,)), step=0)
-    with mock.patch("train.storage.failpoint", lambda name: hangs.wait(20)):
+    with mock.patch("train.checkpoint.storage.failpoint", lambda name: hangs.wait(20)):
         saver.save(1, {"x": Box(torch.ones(2), (2,), (0,))}, {"step": 1}, SaveMode["async"])
         saver.settle(0.01)
         assert not steps_in(tmp_path)

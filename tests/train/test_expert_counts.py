@@ -6,7 +6,7 @@ import torch
 from model.config import ModelConfig, RouterConfig
 from model.router import Router
 from parallel.mesh import one_process
-from train.expert_counts import ExpertCounts, read_counts
+from train.monitor.expert_counts import ExpertCounts, read_counts
 
 
 def test_summary_and_record() -> None:

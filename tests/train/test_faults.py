@@ -16,7 +16,7 @@ from data.tokenizer import train_tokenizer
 from parallel.mesh import JoinError, join_job
 from tests.train.jobs import is_running, workers
 from tests.train.test_pretrain import ROOT, command, ending, lines
-from train.storage import checkpoints_in
+from train.checkpoint.storage import checkpoints_in
 
 HOLD = str(ROOT / "tests/train/hold_rank.py")
 MANY_STEPS = "train.steps=100000"

@@ -21,14 +21,14 @@ from tests.train.test_config import config
 from tests.train.test_manifest import content_of, make, write
 from tests.train.test_pretrain import column, ending, launch, lines, pretrain, tensors
 from train.changes import judge_changes
-from train.checkpoint import Change, CheckpointConfig, Resume
+from train.checkpoint.contents import Change, CheckpointConfig, Resume
+from train.checkpoint.manifest import read_manifest
+from train.checkpoint.restore import Verify, read_boxes
+from train.checkpoint.resume import NoCheckpointError, choose_start, saved_model, step_folders
+from train.checkpoint.storage import Box
 from train.config import CONF_DIR, ConfigError, RunConfig, adopt_model, load_config, register_schema
-from train.manifest import read_manifest
-from train.restore import Verify, read_boxes
-from train.resume import NoCheckpointError, choose_start, saved_model, step_folders
-from train.signals import StoppedEarly, StopRequest
-from train.stages import build_stages
-from train.storage import Box
+from train.curriculum_stages import build_stages
+from train.guard.signals import StoppedEarly, StopRequest
 
 ALONE = Axis("world", 0, (0,))
 SHARD = "rank-00001.safetensors"
@@ -80,7 +80,7 @@ def choose_on(rank: int, run_dir: Path, cfg: CheckpointConfig, out: Path) -> Non
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("train.resume").addHandler(handler)
+    logging.getLogger("train.checkpoint.resume").addHandler(handler)
     try:
         result: Any = choose_start(run_dir, cfg, join_job("cpu"), StopRequest()).step
     except NoCheckpointError as error:
@@ -183,8 +183,8 @@ def test_a_rank_that_hashes_long_is_not_taken_for_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every block ends a beat, so the ranks meet many times, unequally often, and still agree."""
-    monkeypatch.setattr("train.resume.BEAT_SECONDS", -1.0)
-    monkeypatch.setattr("train.restore.BLOCK", 16)
+    monkeypatch.setattr("train.checkpoint.resume.BEAT_SECONDS", -1.0)
+    monkeypatch.setattr("train.checkpoint.restore.BLOCK", 16)
     root = saved(tmp_path / "run", 5, 6)
     flip(root / "step-6" / SHARD)  # its last byte
     assert [step for step, _ in choose(tmp_path / "run", CheckpointConfig(), tmp_path, 3)] == [5, 5, 5]
@@ -192,7 +192,7 @@ def test_a_rank_that_hashes_long_is_not_taken_for_dead(
 
 def test_a_stop_while_checkpoints_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes effect at the next block, with all folders as they were, the damaged one, too."""
-    monkeypatch.setattr("train.restore.BLOCK", 16)
+    monkeypatch.setattr("train.checkpoint.restore.BLOCK", 16)
     root, stop = saved(tmp_path / "run", 5, 6), StopRequest()
     flip(root / "step-6" / SHARD)
     stop._note(signal.SIGTERM, None)

@@ -25,7 +25,7 @@ from parallel.mesh import Axis
 from parallel.placement import Shard, collect_gradients
 from tests.train.forked import run_forked
 from tests.train.test_pretrain import ROOT, column, ending, lines, tensors
-from train.health import Health, HealthConfig, OnSpike, find_non_finite
+from train.guard.spikes import Health, HealthConfig, OnSpike, find_non_finite
 
 POISON = """
 import os, runpy, sys

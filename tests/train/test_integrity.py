@@ -18,8 +18,8 @@ from tests.train.forked import run_forked
 from tests.train.test_config import config
 from tests.train.test_pretrain import column, ending, lines, tensors
 from train.config import ConfigError
-from train.health import Health, HealthConfig
-from train.integrity import DamagedStateError, StateGuard, digests
+from train.guard.integrity import DamagedStateError, StateGuard, digests
+from train.guard.spikes import Health, HealthConfig
 
 
 def flip(tensor: torch.Tensor) -> None:
@@ -52,7 +52,7 @@ def flip_at_rest(name: str, step: int, on_rank: int, rank: int) -> None:
 def test_any_flipped_bit_changes_the_hash(
     make: Callable[[], torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.integrity.WORDS", 64)
+    monkeypatch.setattr("train.guard.integrity.WORDS", 64)
     torch.manual_seed(0)
     x = make()
     (before,) = digests([x])
@@ -77,13 +77,13 @@ def test_swapped_elements_and_signs_of_zero_change_the_hash() -> None:
 
 def test_swapped_words_and_blocks_change_the_hash(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks share their factors, so their order counts; so does that of words and of odd elements."""
-    monkeypatch.setattr("train.integrity.WORDS", 4)
+    monkeypatch.setattr("train.guard.integrity.WORDS", 4)
     x = torch.arange(25.0)
     for one, other in ((0, 2), (0, 8), (8, 16), (23, 24)):
         y = x.clone()
         y[[one, other]] = x[[other, one]]
         assert digests([x]) != digests([y]), (one, other)
-    monkeypatch.setattr("train.integrity.WORDS", 8)
+    monkeypatch.setattr("train.guard.integrity.WORDS", 8)
     words = torch.arange(8)
     changes = torch.tensor([1, 0, -2, 0, 1, 0, 0, 0])  # cancel where factors grow evenly
     assert digests([words]) != digests([words + changes])

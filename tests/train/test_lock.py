@@ -14,7 +14,7 @@ import pytest
 
 from tests.train.disks import fill, small_disk
 from tests.train.test_pretrain import ROOT, command, launch, pretrain, start_and_wait
-from train.lock import lock_holder, take_lock
+from train.guard.lock import lock_holder, take_lock
 
 
 def arguments(corpus: Path, run_dir: Path) -> list[str]:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from train.manifest import MAX_BYTES, Manifest, Place, _tile, read_manifest
-from train.restore import Verify, read_boxes, verify
-from train.storage import Box, CheckpointError, checksum, commit, write_shard
+from train.checkpoint.manifest import MAX_BYTES, Manifest, Place, _tile, read_manifest
+from train.checkpoint.restore import Verify, read_boxes, verify
+from train.checkpoint.storage import Box, CheckpointError, checksum, commit, write_shard
 
 VALUES = torch.arange(24.0).view(6, 4)
 FACTS = {"step": 3, "progress": {"step": 3}, "config": {"model": {"num_layers": 2}, "lr": 1e-3, "name": None}}

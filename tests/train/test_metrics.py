@@ -21,8 +21,8 @@ from scripts.report import main as report
 from tests.train.disks import fill, small_disk
 from tests.train.forked import run_forked
 from train.build import Run
-from train.metrics import LogConfig, MetricsWriter, append_record, console_line, truncate_records
-from train.signals import Ending, StopRequest, clear_sentinels, write_sentinel
+from train.guard.signals import Ending, StopRequest, clear_sentinels, write_sentinel
+from train.monitor.metrics import LogConfig, MetricsWriter, append_record, console_line, truncate_records
 from train.step import StepResult
 
 RECORD = {

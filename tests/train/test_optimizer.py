@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from parallel.grad import clip_factor, square_sum
-from parallel.placement import Shard
-from train.optimizer import (
+from parallel.optimizer import (
     FusedAdamW,
     OptimizerConfig,
     _why_not_apex,
@@ -19,6 +18,7 @@ from train.optimizer import (
     set_lr,
     set_step,
 )
+from parallel.placement import Shard
 
 
 def make_shards() -> list[Shard]:

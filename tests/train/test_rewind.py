@@ -12,7 +12,7 @@ from data.prefetch import Prefetcher
 from tests.train.forked import Ended, run_forked
 from tests.train.record_rows import digest
 from tests.train.test_pretrain import column, ending, lines, tensors
-from train.rewind import RewindConfig, set_newer_aside, skipped_steps
+from train.checkpoint.rewind import RewindConfig, set_newer_aside, skipped_steps
 
 STEPS = 10
 REWIND = ("rewind.to=4", "rewind.skip=[6,8]")

@@ -26,10 +26,10 @@ from torch.torch_version import TorchVersion
 from parallel.mesh import Axis, launcher_grace_s
 from tests.dist import _enter, run_distributed
 from tests.train import disks
-from train.checkpoint import CheckpointConfig, SaveMode
-from train.restore import verify
-from train.saving import Saver
-from train.storage import Box, sweep
+from train.checkpoint.contents import CheckpointConfig, SaveMode
+from train.checkpoint.restore import verify
+from train.checkpoint.saving import Saver
+from train.checkpoint.storage import Box, sweep
 
 LEADER = [
     "start", "reported", "folder_made", "mid_shard", "after_shard", "reported 2", "gathered",
@@ -85,7 +85,7 @@ def arm(point: str, fault: Callable[[], None]) -> None:
 
 def replace_failpoint(function: Callable[[str], None]) -> None:
     """For the rest of this process."""
-    for module in ("train.storage", "train.saving"):
+    for module in ("train.checkpoint.storage", "train.checkpoint.saving"):
         mock.patch(f"{module}.failpoint", function).start()
 
 
@@ -336,7 +336,7 @@ def test_one_save_is_in_flight_and_training_does_not_wait_for_it(
             events.append(name)
         assert name != "start" or gate.wait(10)
 
-    for module in ("train.storage", "train.saving"):
+    for module in ("train.checkpoint.storage", "train.checkpoint.saving"):
         monkeypatch.setattr(f"{module}.failpoint", hold)
     saver, facts = alone(tmp_path), {"step": 1, "window": [1.0]}
     saver.save(1, boxes(state(0, 1), 0), facts, SaveMode["async"])
@@ -358,7 +358,7 @@ def test_a_lost_rank_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def gone(*_: object) -> None:
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr("train.saving.gather_texts", gone)
+    monkeypatch.setattr("train.checkpoint.saving.gather_texts", gone)
     saver = alone(tmp_path)
     saver.save(1, {}, {}, SaveMode["async"])
     with pytest.raises(RuntimeError, match="Connection closed"):
@@ -390,7 +390,7 @@ def test_a_save_longer_than_the_grace_is_warned_of_once(
     saver = alone(tmp_path, grace_s=30)
     for step, seconds in ((1, 14.0), (2, 16.0), (3, 40.0)):
         clock = iter([0.0, 0.0, seconds, seconds])  # save and, within, its part that writes
-        monkeypatch.setattr("train.saving.time", SimpleNamespace(monotonic=clock.__next__))
+        monkeypatch.setattr("train.checkpoint.saving.time", SimpleNamespace(monotonic=clock.__next__))
         saver.save(step, {}, {"step": step}, SaveMode.sync)
         assert ("a save took" in caplog.text) == (step > 1)
     assert caplog.text.count("torchrun kills its ranks 30 s after a stop signal") == 1

@@ -22,12 +22,12 @@ from tests.train.test_pretrain import ROOT, column, command, ending, lines, pret
 SLOW_SAVES = """
 import os, runpy, sys, time
 sys.path.insert(0, {root!r})
-import train.storage
+import train.checkpoint.storage
 def slow(name):
     if name == "mid_shard" and os.path.exists({flag!r}):
         open({flag!r} + ".reached", "w").close()
         time.sleep({seconds})
-train.storage.failpoint = slow
+train.checkpoint.storage.failpoint = slow
 sys.argv[0] = {root!r} + "/train/pretrain.py"
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.train.forked import ROOT, Ended, launch, pretrain
-from train.manifest import read_manifest
-from train.restore import verify
-from train.storage import Box, checksum, commit, write_shard
+from train.checkpoint.manifest import read_manifest
+from train.checkpoint.restore import verify
+from train.checkpoint.storage import Box, checksum, commit, write_shard
 
 SHARD = "rank-00001.safetensors"
 
@@ -62,7 +62,7 @@ def test_damage_is_named(name: str, damage: Callable[[Path], None], reason: str,
 
 
 def test_a_name_that_leaves_the_folder_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.manifest.FILE_NAME", re.compile(".*"))
+    monkeypatch.setattr("train.checkpoint.manifest.FILE_NAME", re.compile(".*"))
     path = make(tmp_path, 1)
     content = json.loads((path / "manifest.json").read_text())
     (tmp_path / "secret").write_text("x")

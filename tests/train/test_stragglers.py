@@ -9,8 +9,8 @@ import pytest
 
 from tests.train.forked import run_forked
 from tests.train.test_pretrain import lines
-from train.health import HealthConfig
-from train.stragglers import NAMES, SectionClock, Slow, find_slow
+from train.guard.spikes import HealthConfig
+from train.guard.stragglers import NAMES, SectionClock, Slow, find_slow
 
 WHERE = {
     "data": ("data.prefetch", "Prefetcher", "next_step"),

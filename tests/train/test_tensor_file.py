@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from train.tensor_file import Form, TensorFileWriter, by_alignment, header_bytes
+from train.checkpoint.tensor_file import Form, TensorFileWriter, by_alignment, header_bytes
 
 
 def form(tensor: Tensor) -> Form:
@@ -57,7 +57,7 @@ def test_a_tensor_may_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """As conversion writes it; and chunks smaller than a tensor change nothing."""
     values = {"b": torch.arange(10.0), "a": torch.arange(7).to(torch.bfloat16)}
     whole = write(tmp_path / "whole", values).facts
-    monkeypatch.setattr("train.tensor_file.CHUNK", 3)
+    monkeypatch.setattr("train.checkpoint.tensor_file.CHUNK", 3)
     with TensorFileWriter(
         tmp_path / "parts", {name: form(value) for name, value in values.items()}
     ) as writer:

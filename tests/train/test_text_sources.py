@@ -20,7 +20,7 @@ from scripts.prepare_data import main
 from tests.dist import run_distributed
 from tests.train.test_pretrain import ROOT, column, command, ending, launch, pretrain
 from train.build import find_tokens
-from train.signals import StopRequest
+from train.guard.signals import StopRequest
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ import pytest
 from parallel.mesh import _record_collectives
 from tests.train.forked import ROOT
 from tests.train.jobs import Job, arguments, is_running, workers
-from train.health import HealthConfig
+from train.guard.spikes import HealthConfig
 
 
 def in_a_process(body: str) -> subprocess.CompletedProcess[str]:
-    code = f"import time\nfrom train.watchdog import Watchdog\ndog = Watchdog(3)\n{body}"
+    code = f"import time\nfrom train.guard.watchdog import Watchdog\ndog = Watchdog(3)\n{body}"
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )  # fmt: skip

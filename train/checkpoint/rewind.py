@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from train.resume import new_previous
-from train.storage import MANIFEST, checkpoints_in
+from train.checkpoint.resume import new_previous
+from train.checkpoint.storage import MANIFEST, checkpoints_in
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ import torch
 
 from parallel.collectives import from_leader, gather_texts
 from parallel.mesh import Axis
-from train.checkpoint import CheckpointConfig, SaveMode
-from train.storage import (
+from train.checkpoint.contents import CheckpointConfig, SaveMode
+from train.checkpoint.storage import (
     Box,
     Written,
     commit,
@@ -32,7 +32,7 @@ from train.storage import (
     retire,
     write_shard,
 )
-from train.tensor_file import file_size
+from train.checkpoint.tensor_file import file_size
 
 log = logging.getLogger(__name__)
 

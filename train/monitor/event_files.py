@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from train.dashboards import Alert, expert_maps, expert_values, panel_values
+from train.monitor.dashboards import Alert, expert_maps, expert_values, panel_values
 
 log = logging.getLogger(__name__)
 

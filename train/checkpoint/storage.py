@@ -1,7 +1,7 @@
 """Checkpoint folders: one safetensors file a rank, and a JSON manifest that says which box lies where.
 
 A folder is written beside its final name and renamed when complete; without a manifest it is no checkpoint.
-Names with a dot are leftovers, which the next start removes. train/restore.py reads checkpoints.
+Names with a dot are leftovers, which the next start removes. train/checkpoint/restore.py reads checkpoints.
 """
 
 import errno
@@ -17,7 +17,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from train.tensor_file import CODES, FileFacts, Form, TensorFileWriter, by_alignment, file_size, naming
+from train.checkpoint.tensor_file import (
+    CODES,
+    FileFacts,
+    Form,
+    TensorFileWriter,
+    by_alignment,
+    file_size,
+    naming,
+)
 
 log = logging.getLogger(__name__)
 

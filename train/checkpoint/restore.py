@@ -13,8 +13,17 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from train.manifest import DTYPES, TOKENIZER, Manifest, Place, parse_json, read_manifest, require_file, show
-from train.storage import MANIFEST, Box, CheckpointError
+from train.checkpoint.manifest import (
+    DTYPES,
+    TOKENIZER,
+    Manifest,
+    Place,
+    parse_json,
+    read_manifest,
+    require_file,
+    show,
+)
+from train.checkpoint.storage import MANIFEST, Box, CheckpointError
 
 BLOCK = 2**24
 MAX_HEADER = 10**8

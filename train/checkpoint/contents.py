@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from parallel.mesh import Mesh
+from parallel.optimizer import moments
 from parallel.placement import Shard
-from train.optimizer import moments
-from train.restore import Verify
-from train.storage import Box
+from train.checkpoint.restore import Verify
+from train.checkpoint.storage import Box
 
 
 class Resume(StrEnum):
@@ -100,7 +100,7 @@ def state_boxes(
 @cache
 def git_commit() -> str | None:
     """Of this program; None where it is no git checkout."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     try:
         found = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from parallel.collectives import all_gather, all_gather_texts, all_reduce_sum
 from parallel.mesh import Mesh
+from parallel.optimizer import moments
 from parallel.placement import Shard
-from train.optimizer import moments
 
 log = logging.getLogger(__name__)
 

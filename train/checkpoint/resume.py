@@ -12,13 +12,13 @@ from torch import Tensor
 
 from parallel.collectives import all_gather_texts, all_reduce_sum, from_leader
 from parallel.mesh import Axis
+from parallel.optimizer import set_step
 from parallel.placement import Shard, publish
-from train.checkpoint import CheckpointConfig, Resume, state_boxes
-from train.manifest import Manifest, read_manifest, show
-from train.optimizer import set_step
-from train.restore import Verify, check_files, read_boxes, strangers
-from train.signals import StopRequest
-from train.storage import MANIFEST, Box, CheckpointError
+from train.checkpoint.contents import CheckpointConfig, Resume, state_boxes
+from train.checkpoint.manifest import Manifest, read_manifest, show
+from train.checkpoint.restore import Verify, check_files, read_boxes, strangers
+from train.checkpoint.storage import MANIFEST, Box, CheckpointError
+from train.guard.signals import StopRequest
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ PERIOD_S = 0.005
 SECTIONS = {"next_batches": "data", "forward_backward": "forward and backward", "clipped_step": "optimizer"}
 """By the function that a section is."""
 NAMES = list(SECTIONS.values())
-WAITING = (str(Path(torch.__file__).parent / "distributed"), str(Path(__file__).parents[1] / "parallel"))
+WAITING = (str(Path(torch.__file__).parent / "distributed"), str(Path(__file__).parents[2] / "parallel"))
 """Folders of the innermost call of a rank that communicates."""
 FLOOR = 0.05
 """Part of the time that a rank must lose before it counts: less is noise."""

@@ -12,9 +12,9 @@ from torch import nn
 from data.tokenizer import EOS_TOKENS, load_tokenizer, vocab_size
 from model.config import Balancing, LayerType, ModelConfig, RouterConfig, SlopeRule
 from model.transformer import Transformer
-from train.manifest import Manifest, read_manifest
-from train.restore import read_boxes
-from train.storage import Box, CheckpointError, newest_in
+from train.checkpoint.manifest import Manifest, read_manifest
+from train.checkpoint.restore import read_boxes
+from train.checkpoint.storage import Box, CheckpointError, newest_in
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -18,8 +18,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from train.dashboards import Alert, Dashboard, ExpertWatch, WandbConfig
-from train.event_files import EventFiles, TensorboardConfig
+from train.monitor.dashboards import Alert, Dashboard, ExpertWatch, WandbConfig
+from train.monitor.event_files import EventFiles, TensorboardConfig
 
 log = logging.getLogger(__name__)
 

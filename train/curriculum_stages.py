@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from data.mixture import Mixture
 from train.config import ConfigError, RunConfig, user_errors
-from train.curriculum import StageConfig, interpolate, lr_in_stage
-from train.schedule import lr_factor
+from train.schedule.curriculum import StageConfig, interpolate, lr_in_stage
+from train.schedule.learning_rate import lr_factor
 
 
 @dataclass(frozen=True)

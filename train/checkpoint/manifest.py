@@ -1,7 +1,7 @@
 """A checkpoint's manifest, read as a stranger's file: nothing in it is believed before it was checked.
 
 Invariant: a Manifest makes sense in itself: every tensor is covered by its parts, each element once, and
-every name stays in the folder. Whether the files are what it says is for train/restore.py.
+every name stays in the folder. Whether the files are what it says is for train/checkpoint/restore.py.
 """
 
 import json
@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 
-from train.storage import FORMAT, MANIFEST, CheckpointError, FileFacts, checksum
+from train.checkpoint.storage import FORMAT, MANIFEST, CheckpointError, FileFacts, checksum
 
 MAX_BYTES = 2**28
 """Of a manifest; 80 layers on 1024 ranks take 2^26."""
