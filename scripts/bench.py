@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import triton
 
-from scripts.bench_cases import all_cases
-from scripts.bench_kernels import COLUMNS as KERNEL_COLUMNS
-from scripts.bench_kernels import (
+from scripts.benchmarks.cases import all_cases
+from scripts.benchmarks.kernels import COLUMNS as KERNEL_COLUMNS
+from scripts.benchmarks.kernels import (
     Line,
     check_peers,
     choose_cases,
@@ -25,8 +25,8 @@ from scripts.bench_kernels import (
     measure_ceilings,
     median_ms,
 )
-from scripts.bench_moe import COLUMNS, PoolSettings, Row, count_drops
-from scripts.bench_moe_time import TIME_COLUMNS, LayerSettings, cuda_ms, time_layer
+from scripts.benchmarks.moe import COLUMNS, PoolSettings, Row, count_drops
+from scripts.benchmarks.moe_time import TIME_COLUMNS, LayerSettings, cuda_ms, time_layer
 
 READING = """\
 dropped     choices above the capacity: mean (lowest to highest) of the draws; global drops the lower bound

@@ -22,10 +22,10 @@ from itertools import groupby
 import torch
 
 from model.config import ModelConfig
-from scripts.hf_config import ConversionError, Layout, read_config, write_config
-from scripts.hf_names import BUFFERS, Piece, pieces
-from scripts.hf_tensors import CHUNK, DTYPES, INDEX, Stored, find_tensors, read_json
-from scripts.hf_tokenizer import copy_tokenizer, export_tokenizer
+from scripts.hf.config import ConversionError, Layout, read_config, write_config
+from scripts.hf.names import BUFFERS, Piece, pieces
+from scripts.hf.tensors import CHUNK, DTYPES, INDEX, Stored, find_tensors, read_json
+from scripts.hf.tokenizer import copy_tokenizer, export_tokenizer
 from train.checkpoint.load_model import model_config, open_checkpoint
 from train.checkpoint.manifest import Manifest
 from train.checkpoint.restore import read_boxes, verify

@@ -23,8 +23,8 @@ from data.stream import split_documents
 from model.decoding import decoding
 from model.sampling import Sampling, continue_prompts
 from model.transformer import Transformer
-from scripts.charts import SCRIPT, STYLE, Series, line_chart, lone_svg, share_map
 from scripts.needles import KEYS, SENTENCES, encoder, make_task
+from scripts.reporting.charts import SCRIPT, STYLE, Series, line_chart, lone_svg, share_map
 from train.checkpoint.load_model import (
     DTYPES,
     Checkpoint,

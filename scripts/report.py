@@ -16,7 +16,16 @@ from typing import Any, TypeVar
 import numpy as np
 import yaml
 
-from scripts.charts import SCRIPT, STYLE, Series, heat_map, line_chart, merge_columns, number, smooth
+from scripts.reporting.charts import (
+    SCRIPT,
+    STYLE,
+    Series,
+    heat_map,
+    line_chart,
+    merge_columns,
+    number,
+    smooth,
+)
 from train.monitor.dashboards import Alert, ExpertWatch
 
 Row = TypeVar("Row")

@@ -19,8 +19,8 @@ import numpy as np
 
 from data.config import SourceConfig
 from data.planner import Planner, build_units
-from scripts.charts import LEFT, RIGHT, Series, line_chart
 from scripts.curriculum import read_config
+from scripts.reporting.charts import LEFT, RIGHT, Series, line_chart
 from train.config import ConfigError, RunConfig
 from train.curriculum_stages import Stage, build_stages
 

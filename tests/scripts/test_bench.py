@@ -15,8 +15,8 @@ from torch import Tensor
 
 from model.hashing import draw
 from scripts.bench import main
-from scripts.bench_moe import OWN, SAME, PoolSettings, count_drops, draw_choices, favourites, measure
-from scripts.bench_moe_time import FLOOR_TFLOPS, Clock, LayerSettings, draw_input, time_layer
+from scripts.benchmarks.moe import OWN, SAME, PoolSettings, count_drops, draw_choices, favourites, measure
+from scripts.benchmarks.moe_time import FLOOR_TFLOPS, Clock, LayerSettings, draw_input, time_layer
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = PoolSettings(

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from scripts.bench import main
-from scripts.bench_cases import DOCUMENTS, Sizes, all_cases
-from scripts.bench_kernels import (
+from scripts.benchmarks.cases import DOCUMENTS, Sizes, all_cases
+from scripts.benchmarks.kernels import (
     COLUMNS,
     OURS,
     Case,
@@ -146,7 +146,7 @@ def test_lines() -> None:
 
 
 def test_peak_of_a_joint_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scripts.bench_kernels.peak_bytes", lambda op: 3 * 2**29)
+    monkeypatch.setattr("scripts.benchmarks.kernels.peak_bytes", lambda op: 3 * 2**29)
     x = torch.ones(2, requires_grad=True)
     op = Op(lambda: x.sum(), [x])
     lines = list(
@@ -245,7 +245,7 @@ def test_refusals(
             raise PackageNotFoundError(name)
         return installed[name]
 
-    monkeypatch.setattr("scripts.bench_kernels.version", version)
+    monkeypatch.setattr("scripts.benchmarks.kernels.version", version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: installed is not None)
     monkeypatch.setattr("scripts.bench.all_cases", lambda _: all_cases(CPU))
     assert main(["kernels", *arguments]) == 2
@@ -260,5 +260,5 @@ def test_peers_are_imported_when_they_are_timed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout == "[]\n"
-    text = (ROOT / "scripts" / "bench_cases.py").read_text()
+    text = (ROOT / "scripts" / "benchmarks" / "cases.py").read_text()
     assert "import chunk_simple_gla" in text and "\nfrom fla" not in text and "\nfrom liger" not in text

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from scripts.convert_hf import Progress
-from scripts.hf_config import Layout
+from scripts.hf.config import Layout
 from tests.scripts.test_convert_hf import (
     convert,
     edit_config,

@@ -23,8 +23,8 @@ from data.tokenizer import train_tokenizer
 from model.config import LayerType, ModelConfig, SlopeRule
 from parallel.mesh import one_process
 from scripts.convert_hf import main
-from scripts.hf_config import Layout, write_config
-from scripts.hf_names import BUFFERS, pieces
+from scripts.hf.config import Layout, write_config
+from scripts.hf.names import BUFFERS, pieces
 from tests.conftest import ROOT
 from tests.model.test_transformers_parity import make_config, make_pair, one_document
 from tests.train.test_config import composed

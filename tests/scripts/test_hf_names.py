@@ -12,8 +12,8 @@ from transformers import MiniMaxConfig
 
 from model.config import LayerType, ModelConfig, SlopeRule
 from model.transformer import Transformer
-from scripts.hf_config import ConversionError, Layout, read_config, write_config
-from scripts.hf_names import BUFFERS, pieces
+from scripts.hf.config import ConversionError, Layout, read_config, write_config
+from scripts.hf.names import BUFFERS, pieces
 from tests.conftest import ROOT
 
 CARRIED = {"eos_token_id": 7, "max_position_embeddings": 99}

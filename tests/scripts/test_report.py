@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from scripts.charts import MAX_POINTS, Axis, number, smooth, thin
 from scripts.report import main
+from scripts.reporting.charts import MAX_POINTS, Axis, number, smooth, thin
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from scripts.hf_config import ConversionError
+from scripts.hf.config import ConversionError
 from train.checkpoint.tensor_file import CODES
 
 CHUNK = 2**22

@@ -31,8 +31,8 @@ from kernels.softmax_attention import Path, path_for, softmax_attention, softmax
 from kernels.swiglu import swiglu
 from model.config import RouterConfig
 from model.router import Micro, Router
-from scripts.bench_kernels import OURS, Case, Op, Work, captured
-from scripts.bench_moe import one_layer
+from scripts.benchmarks.kernels import OURS, Case, Op, Work, captured
+from scripts.benchmarks.moe import one_layer
 
 Ops = dict[str, Op]
 DOCUMENTS = (16384, 8192, 4096, 2048, 1024, 512, 256, 128, 128)

@@ -12,7 +12,7 @@ from model.capacity import LocalPool, decide_replicas, line_up
 from model.config import RouterConfig
 from model.moe import MoE
 from model.router import Micro
-from scripts.bench_moe import one_layer
+from scripts.benchmarks.moe import one_layer
 
 FLOOR_TFLOPS = 790
 """Dense bf16 rate of an H100 or H200 under load, of which the floor is computed."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.tokenizer import eos_id, load_tokenizer, tokenizer_file
-from scripts.hf_config import ConversionError
+from scripts.hf.config import ConversionError
 from train.checkpoint.manifest import TOKENIZER, Manifest
 from train.checkpoint.storage import measure
 
