@@ -38,7 +38,7 @@ def license_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LONG = [
     "tests/parallel/test_layouts.py",
     "tests/train/test_pretrain.py",
-    "tests/train/test_curriculum.py",
+    "tests/train/schedule/test_curriculum.py",
     "tests/test_docs.py",
     "tests/parallel/test_memory.py",
     "tests/parallel/test_layout_fuzz.py",

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from scripts.curriculum import read_config
-from tests.clone import ROOT, clone_repository
+from tests.support.clone import ROOT, clone_repository
 from train.config import ConfigError
 from train.curriculum_stages import build_stages, validate_stages
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.kernels.harness import Draw
+from tests.support.kernel_checks import Draw
 
 
 def pytest_configure(config: pytest.Config) -> None:

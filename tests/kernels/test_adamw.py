@@ -16,7 +16,7 @@ from kernels.adamw import (
     square_sum_triton,
 )
 from kernels.reference import adamw as adamw_by_tensor
-from tests.kernels.harness import DEVICE, allowed_errors, errors, random_tensor
+from tests.support.kernel_checks import DEVICE, allowed_errors, errors, random_tensor
 
 SIZES = [[1, 100], [0, 4, 1028], [63, 64, 0, 5000, 4096, 2], [7] * 9]
 HYPER = Hyperparameters(lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.5, step=3)

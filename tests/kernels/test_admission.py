@@ -26,7 +26,7 @@ from model.capacity import (
     locate,
     spread,
 )
-from tests.kernels.harness import DEVICE
+from tests.support.kernel_checks import DEVICE
 
 
 class PlayedPool(LocalPool):

@@ -7,7 +7,7 @@ from torch import Tensor
 from kernels.counting import CONFIGS, Config, count_blocks, count_sort
 from kernels.permute import sort_choices
 from kernels.reference import count_keys
-from tests.kernels.harness import DEVICE
+from tests.support.kernel_checks import DEVICE
 
 SIZES = [(0, 3), (1, 1), (63, 5), (128, 32), (1000, 33), *([(70_001, 160)] if DEVICE.type == "cuda" else [])]
 

@@ -15,7 +15,7 @@ from kernels.cross_entropy import (
 )
 from kernels.reference import linear_cross_entropy as whole_linear_cross_entropy
 from kernels.reference import widen
-from tests.kernels.harness import DEVICE, DTYPES, check_against_twin, random_tensor
+from tests.support.kernel_checks import DEVICE, DTYPES, check_against_twin, random_tensor
 
 SIZES = [(1, 16, 33), (63, 24, 100), (20, 8, 1500)]
 """(tokens, hidden, vocab)."""

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from kernels.expert_ffn import Path, _announce, choose_path, expert_ffn, expert_ffn_by, quack_module
 from kernels.reference import expert_ffn as expert_ffn_by_expert
-from tests.kernels.harness import DEVICE, DTYPES, allowed_errors, check_against_twin, errors, random_tensor
+from tests.support.kernel_checks import (
+    DEVICE,
+    DTYPES,
+    allowed_errors,
+    check_against_twin,
+    errors,
+    random_tensor,
+)
 
 ON_HOPPER = DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] == 9
 PATHS = [Path.torch, *([Path.quack] if ON_HOPPER and quack_module() else [])]

@@ -12,7 +12,7 @@ from kernels.gated_norm import (
 )
 from kernels.reference import gated_rms_norm as plain_gated_rms_norm
 from kernels.row_tiles import BACKWARD, FORWARD, Config
-from tests.kernels.harness import DEVICE, DTYPES, check_against_twin, random_tensor
+from tests.support.kernel_checks import DEVICE, DTYPES, check_against_twin, random_tensor
 
 ON_GPU = DEVICE.type == "cuda"
 SHAPES = [(0, 96), (63, 1), (1, 5), (2, 3, 96), (7, 2048), (2, 6144)]

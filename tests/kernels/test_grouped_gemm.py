@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.grouped_gemm import _say_slow, grouped_gemm
 from kernels.reference import grouped_gemm as grouped_gemm_by_expert
-from tests.kernels.harness import DEVICE, DTYPES, check_against_twin, random_tensor
+from tests.support.kernel_checks import DEVICE, DTYPES, check_against_twin, random_tensor
 
 ENDS = {
     "some without rows": [0, 4, 4, 10, 10],

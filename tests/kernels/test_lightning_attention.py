@@ -20,7 +20,7 @@ from kernels.reference import (
     lightning_attention_with_state,
     lightning_end_state,
 )
-from tests.kernels.harness import DEVICE, DTYPES, check_against_twin, random_tensor
+from tests.support.kernel_checks import DEVICE, DTYPES, check_against_twin, random_tensor
 
 ON_GPU = DEVICE.type == "cuda"
 SMALL = Config(16, 16, 4, 2)

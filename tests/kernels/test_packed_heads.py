@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels.lightning_attention import lightning_attention_triton
 from kernels.packed_heads import split_heads
-from tests.kernels.harness import DEVICE
+from tests.support.kernel_checks import DEVICE
 
 
 def grads_of(packed: Tensor, upstream: list[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from kernels.permute import (
 )
 from kernels.reference import permute as permute_by_index
 from kernels.reference import unpermute as unpermute_by_index
-from tests.kernels.harness import DEVICE, DTYPES, check_against_twin, random_tensor
+from tests.support.kernel_checks import DEVICE, DTYPES, check_against_twin, random_tensor
 
 SIZES = [
     # tokens, top_k, hidden, choices left out

@@ -18,7 +18,7 @@ from kernels.rms_norm import (
     rms_norm_triton,
 )
 from kernels.row_tiles import BACKWARD, FORWARD, Config
-from tests.kernels.harness import DEVICE, DTYPES, check_against_twin, random_tensor
+from tests.support.kernel_checks import DEVICE, DTYPES, check_against_twin, random_tensor
 
 ON_GPU = DEVICE.type == "cuda"
 SHAPES = [(0, 96), (1, 5), (2, 3, 96), (7, 2048), (3, 6144)]

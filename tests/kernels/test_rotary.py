@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.reference import apply_rotary, rotary_table
 from kernels.rotary import rotate_, rotate_triton_
-from tests.kernels.harness import DEVICE, DTYPES, check_against_twin, random_tensor
+from tests.support.kernel_checks import DEVICE, DTYPES, check_against_twin, random_tensor
 
 ON_GPU = DEVICE.type == "cuda"
 SHAPES = [

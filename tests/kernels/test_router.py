@@ -17,7 +17,7 @@ from kernels.router import CONFIGS, Config, choose_experts_triton, record_choice
 from model.capacity import Places, decide_replicas_triton
 from model.config import AuxScope, Balancing, ModelConfig, Renormalise, RouterConfig
 from model.router import Memo, Micro, Router
-from tests.kernels.harness import DEVICE, DTYPES, check_against_twin, errors, random_tensor
+from tests.support.kernel_checks import DEVICE, DTYPES, check_against_twin, errors, random_tensor
 
 SHAPES = [  # tokens, experts, top_k
     (0, 4, 2),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.row_tiles import BACKWARD, FORWARD, as_rows, choose_backward, choose_forward, sum_partials
-from tests.kernels.harness import random_tensor
+from tests.support.kernel_checks import random_tensor
 
 
 @pytest.mark.parametrize("size", [1, 5, 96, 2048, 6144, 8192, 20000])

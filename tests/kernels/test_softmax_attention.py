@@ -28,7 +28,7 @@ from kernels.softmax_attention import (
     softmax_attention,
     softmax_attention_flash,
 )
-from tests.kernels.harness import DEVICE, allowed_errors, errors, outputs_and_gradients, random_tensor
+from tests.support.kernel_checks import DEVICE, allowed_errors, errors, outputs_and_gradients, random_tensor
 
 ON_GPU = DEVICE.type == "cuda"
 FLASH = [Path.flash2, Path.cudnn, *([Path.flash4] if flash4_module() else [])] if ON_GPU else []

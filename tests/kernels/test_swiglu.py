@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels.reference import swiglu as swiglu_by_halves
 from kernels.swiglu import swiglu, swiglu_triton
-from tests.kernels.harness import DEVICE, DTYPES, check_against_twin, random_tensor
+from tests.support.kernel_checks import DEVICE, DTYPES, check_against_twin, random_tensor
 
 SIZES = [(1, 100), (63, 100), (3, 2100)]
 if DEVICE.type == "cuda":

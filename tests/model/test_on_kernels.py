@@ -9,8 +9,8 @@ from torch import Tensor
 
 from model.config import ModelConfig, RouterConfig
 from model.transformer import Transformer
-from tests.kernels.harness import DEVICE
 from tests.model.test_model import SMALL, initialised
+from tests.support.kernel_checks import DEVICE
 
 SIZES = {**SMALL, "num_layers": 2, "head_dim": 16, "rotary_dim": 8, "expert_ffn_size": 16}
 TOKENS = 80

@@ -25,8 +25,8 @@ from parallel.expert import AllToAllDispatcher
 from parallel.mesh import init_mesh
 from parallel.overlap import interleave
 from parallel.pool import StagePool
-from tests.dist import run_distributed
-from tests.parallel.harness import (
+from tests.support.dist import run_distributed
+from tests.support.layout_cases import (
     Case,
     differences,
     explain_failures,

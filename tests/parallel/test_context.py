@@ -25,7 +25,7 @@ from parallel.context import PrefixStateCore, ZigzagLocator, apply_context, zigz
 from parallel.mesh import Axis, one_process
 from parallel.pool import StagePool
 from parallel.ring import RingCore, find_crossings
-from tests.dist import run_distributed
+from tests.support.dist import run_distributed
 
 CHUNK = 7
 MODEL = ModelConfig(

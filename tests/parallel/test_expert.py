@@ -19,7 +19,7 @@ from parallel.expert import AllToAllDispatcher, apply_expert
 from parallel.mesh import Axis, Mesh, init_mesh, one_process
 from parallel.placement import Placement
 from parallel.pool import StagePool
-from tests.dist import run_distributed
+from tests.support.dist import run_distributed
 
 CPU = torch.device("cpu")
 HIDDEN = 16

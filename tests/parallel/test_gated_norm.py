@@ -13,8 +13,8 @@ from kernels.gated_norm import gated_rms_norm_triton
 from kernels.reference import gated_rms_norm
 from parallel.collectives import all_reduce_both
 from parallel.mesh import Axis
-from tests.dist import run_distributed
-from tests.kernels.harness import DEVICE
+from tests.support.dist import run_distributed
+from tests.support.kernel_checks import DEVICE
 
 PARTS, SIZE = 3, 10
 INTERPRETED = pytest.mark.skipif(DEVICE.type == "cuda", reason="the kernel takes CPU tensors if interpreted")

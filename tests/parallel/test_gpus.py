@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parallel.config import V_SHAPED
-from tests.train.jobs import command
+from tests.support.jobs import command
 from tests.train.test_pretrain import column
 
 DEVICE = os.environ.get("LONGSPAN_TEST_DEVICE", "cuda")

@@ -20,7 +20,7 @@ from model.config import (
     Scope,
 )
 from parallel.config import ParallelConfig, Schedule, num_stages
-from tests.parallel.harness import (
+from tests.support.layout_cases import (
     NEAR_TIE,
     Case,
     Reference,

@@ -19,8 +19,8 @@ from parallel.grad import square_sum
 from parallel.mesh import init_mesh
 from parallel.optimizer import OptimizerConfig, build_optimizer, moments
 from parallel.placement import publish
-from tests.dist import run_distributed
-from tests.parallel.harness import (
+from tests.support.dist import run_distributed
+from tests.support.layout_cases import (
     Built,
     Case,
     Reference,

@@ -14,8 +14,8 @@ from parallel.optimizer import OptimizerConfig, build_optimizer
 from parallel.pipeline import MicroBatch, SingleStage
 from parallel.placement import Shard, collect_gradients, drop_gradients, publish
 from parallel.zero import copy_for_compute
-from tests.dist import run_distributed
-from tests.parallel.harness import TINY
+from tests.support.dist import run_distributed
+from tests.support.layout_cases import TINY
 
 ROWS, TOKENS = 4, 24
 OFFSETS = torch.tensor([[0, 5, 6, 20, TOKENS], [0, TOKENS, TOKENS, TOKENS, TOKENS]] * 2, dtype=torch.int32)

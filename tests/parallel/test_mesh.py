@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from parallel.config import ParallelConfig
 from parallel.mesh import init_mesh, set_determinism
-from tests.dist import run_distributed
+from tests.support.dist import run_distributed
 
 
 def check_first_call(rank: int) -> None:

@@ -11,8 +11,8 @@ from parallel.config import ParallelConfig, Schedule, num_stages, stage_owner, s
 from parallel.mesh import Mesh, init_mesh, one_process
 from parallel.pipeline import MicroBatch, Pipeline, SingleStage, split_layers
 from parallel.placement import Shard, collect_gradients, drop_gradients
-from tests.dist import run_distributed
-from tests.parallel.harness import TINY
+from tests.support.dist import run_distributed
+from tests.support.layout_cases import TINY
 
 MODEL = replace(TINY, num_heads=2)
 MICRO = 4

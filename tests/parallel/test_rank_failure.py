@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.forked import ROOT
-from tests.train.jobs import Job, arguments, workers
+from tests.support.forked import ROOT
+from tests.support.jobs import Job, arguments, workers
 
 
 def test_a_killed_rank_ends_the_job(license_corpus: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from kernels.documents import locate_documents
 from kernels.reference import softmax_attention as twin
 from parallel.mesh import Axis
 from parallel.ring import Kept, RingCore, _Ring, _RingAttention, documents_of_chunks
-from tests.kernels.harness import DEVICE, errors, outputs_and_gradients, random_tensor
+from tests.support.kernel_checks import DEVICE, errors, outputs_and_gradients, random_tensor
 
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 

@@ -13,7 +13,7 @@ from model.config import AuxScope, RouterConfig, Scope
 from model.router import Micro, Router, Routing
 from parallel.config import ParallelConfig, Recompute, Schedule
 from parallel.mesh import Mesh, init_mesh
-from tests.parallel.harness import TINY, Built, Case, build, explain_failures, run_cases
+from tests.support.layout_cases import TINY, Built, Case, build, explain_failures, run_cases
 from train.monitor.expert_counts import ExpertCounts, read_counts
 
 GLOBAL = RouterConfig(capacity_factor=0.9, z_loss_coefficient=0.01)

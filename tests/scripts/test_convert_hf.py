@@ -25,8 +25,8 @@ from parallel.mesh import one_process
 from scripts.convert_hf import main
 from scripts.hf.config import Layout, write_config
 from scripts.hf.names import BUFFERS, pieces
-from tests.conftest import ROOT
 from tests.model.test_transformers_parity import make_config, make_pair, one_document
+from tests.support.clone import ROOT
 from tests.train.test_config import composed
 from tests.train.test_pretrain import lines, pretrain
 from train.build import build_data

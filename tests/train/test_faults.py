@@ -14,11 +14,11 @@ import pytest
 
 from data.tokenizer import train_tokenizer
 from parallel.mesh import JoinError, join_job
-from tests.train.jobs import is_running, workers
+from tests.support.jobs import is_running, workers
 from tests.train.test_pretrain import ROOT, command, ending, lines
 from train.checkpoint.storage import checkpoints_in
 
-HOLD = str(ROOT / "tests/train/hold_rank.py")
+HOLD = str(ROOT / "tests/support/hold_rank.py")
 MANY_STEPS = "train.steps=100000"
 
 

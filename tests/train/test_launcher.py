@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from parallel.mesh import JoinError, join_job
-from tests.train.forked import run_forked
-from tests.train.jobs import Job, arguments, workers
-from tests.train.test_resume import outcome
+from tests.support.forked import run_forked
+from tests.support.jobs import Job, arguments, workers
+from tests.train.checkpoint.test_resume import outcome
 
 
 @pytest.mark.faults

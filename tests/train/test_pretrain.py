@@ -19,8 +19,8 @@ from safetensors.numpy import load_file
 
 from data.dataset import DatasetWriter
 from parallel.pipeline import SingleStage
-from tests.train.forked import ROOT, launch, pretrain
-from tests.train.jobs import command
+from tests.support.forked import ROOT, launch, pretrain
+from tests.support.jobs import command
 
 GOLDEN = Path(__file__).with_name("golden_debug.json")
 METRICS = {

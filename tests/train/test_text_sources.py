@@ -17,7 +17,7 @@ from parallel.collectives import from_leader
 from parallel.config import ParallelConfig
 from parallel.mesh import Axis, init_mesh
 from scripts.prepare_data import main
-from tests.dist import run_distributed
+from tests.support.dist import run_distributed
 from tests.train.test_pretrain import ROOT, column, command, ending, launch, pretrain
 from train.build import find_tokens
 from train.guard.signals import StopRequest

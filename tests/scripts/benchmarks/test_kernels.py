@@ -27,7 +27,7 @@ from scripts.benchmarks.kernels import (
     measure_case,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 TINY = Sizes(
     tokens=256,

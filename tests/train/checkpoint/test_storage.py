@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.forked import ROOT, Ended, launch, pretrain
+from tests.support.forked import ROOT, Ended, launch, pretrain
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.restore import verify
 from train.checkpoint.storage import Box, checksum, commit, write_shard

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from parallel.mesh import _record_collectives
-from tests.train.forked import ROOT
-from tests.train.jobs import Job, arguments, is_running, workers
+from tests.support.forked import ROOT
+from tests.support.jobs import Job, arguments, is_running, workers
 from train.guard.spikes import HealthConfig
 
 

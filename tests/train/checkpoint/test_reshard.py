@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.train.forked import run_forked
+from tests.support.forked import run_forked
 from tests.train.test_pretrain import column, lines, tensors
 
 

@@ -14,7 +14,7 @@ from model.config import LayerType, ModelConfig, SlopeRule
 from model.transformer import Transformer
 from scripts.hf.config import ConversionError, Layout, read_config, write_config
 from scripts.hf.names import BUFFERS, pieces
-from tests.conftest import ROOT
+from tests.support.clone import ROOT
 
 CARRIED = {"eos_token_id": 7, "max_position_embeddings": 99}
 L, S = LayerType.lightning, LayerType.softmax

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
-from tests.train.disks import fill, small_disk
-from tests.train.jobs import workers
+from tests.support.disks import fill, small_disk
+from tests.support.jobs import workers
 from tests.train.test_pretrain import ROOT, column, command, ending, lines, pretrain, tensors
 
 SLOW_SAVES = """

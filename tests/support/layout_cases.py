@@ -35,7 +35,7 @@ from parallel.mesh import Mesh, init_mesh, one_process
 from parallel.optimizer import OptimizerConfig, build_optimizer
 from parallel.pipeline import MicroBatch, Pipeline, SingleStage
 from parallel.placement import Shard, collect_gradients, drop_gradients, publish
-from tests.dist import run_distributed
+from tests.support.dist import run_distributed
 from train.config import BatchConfig, Precision, RunConfig, TrainConfig
 
 STEPS = 3

@@ -10,7 +10,7 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.train.test_dashboards import LOAD, experts_of, record_of
+from tests.train.monitor.test_dashboards import LOAD, experts_of, record_of
 from train.monitor.dashboards import LOAD_LIMIT, heat_map, load_share, panel_values
 from train.monitor.event_files import TensorboardConfig, TensorboardMode
 from train.monitor.metrics import LogConfig, MetricsWriter

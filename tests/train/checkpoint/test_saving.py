@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from parallel.mesh import Axis, launcher_grace_s
-from tests.dist import _enter, run_distributed
-from tests.train import disks
+from tests.support import disks
+from tests.support.dist import _enter, run_distributed
 from train.checkpoint.contents import CheckpointConfig, SaveMode
 from train.checkpoint.restore import verify
 from train.checkpoint.saving import Saver

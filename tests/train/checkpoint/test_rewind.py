@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from data.prefetch import Prefetcher
-from tests.train.forked import Ended, run_forked
-from tests.train.record_rows import digest
+from tests.support.forked import Ended, run_forked
+from tests.support.record_rows import digest
 from tests.train.test_pretrain import column, ending, lines, tensors
 from train.checkpoint.rewind import RewindConfig, set_newer_aside, skipped_steps
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.train.forked import run_forked
+from tests.support.forked import run_forked
 from tests.train.test_pretrain import lines
 from train.guard.spikes import HealthConfig
 from train.guard.stragglers import NAMES, SectionClock, Slow, find_slow

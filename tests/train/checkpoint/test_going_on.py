@@ -16,9 +16,9 @@ from hydra import compose, initialize_config_dir
 
 from data.dataset import DatasetWriter
 from parallel.mesh import Axis, join_job
-from tests.dist import run_distributed
+from tests.support.dist import run_distributed
+from tests.train.checkpoint.test_manifest import content_of, make, write
 from tests.train.test_config import config
-from tests.train.test_manifest import content_of, make, write
 from tests.train.test_pretrain import column, ending, launch, lines, pretrain, tensors
 from train.changes import judge_changes
 from train.checkpoint.contents import Change, CheckpointConfig, Resume

@@ -4,7 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PARTS = (
     "conf", "data", "docs", "kernels", "model", "parallel", "requirements", "scripts", "train",
     "LICENSE", "Makefile", "README.md",

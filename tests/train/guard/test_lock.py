@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.disks import fill, small_disk
+from tests.support.disks import fill, small_disk
 from tests.train.test_pretrain import ROOT, command, launch, pretrain, start_and_wait
 from train.guard.lock import lock_holder, take_lock
 

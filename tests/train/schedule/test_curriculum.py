@@ -173,7 +173,7 @@ def test_the_program_shows_the_published_recipe() -> None:
     ]
 
 
-RECORDER = ROOT / "tests/train/record_rows.py"
+RECORDER = ROOT / "tests/support/record_rows.py"
 """The program; it also writes what each step reads."""
 
 

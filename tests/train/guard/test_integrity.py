@@ -12,9 +12,9 @@ import torch
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh, init_mesh
 from parallel.pipeline import SingleStage
-from tests.dist import run_distributed
-from tests.parallel.harness import TINY, Case, alone, build
-from tests.train.forked import run_forked
+from tests.support.dist import run_distributed
+from tests.support.forked import run_forked
+from tests.support.layout_cases import TINY, Case, alone, build
 from tests.train.test_config import config
 from tests.train.test_pretrain import column, ending, lines, tensors
 from train.config import ConfigError

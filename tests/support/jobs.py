@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.train.forked import PROGRAM, ROOT
+from tests.support.forked import PROGRAM, ROOT
 
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 

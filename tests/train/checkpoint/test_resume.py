@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data.packing import Batch
-from tests.train.forked import run_forked
+from tests.support.forked import run_forked
 from tests.train.test_pretrain import lines, tensors
 from train.build import Run
 from train.step import StepResult

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from parallel.mesh import Axis
-from tests.train.forked import run_forked
+from tests.support.forked import run_forked
 from tests.train.test_pretrain import column, ending, lines, tensors
 from train.checkpoint.contents import CheckpointConfig, SaveMode
 from train.checkpoint.saving import Saver

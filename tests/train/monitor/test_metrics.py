@@ -18,8 +18,8 @@ from rich.console import Console
 from data.packing import Batch
 from parallel.pipeline import SingleStage
 from scripts.report import main as report
-from tests.train.disks import fill, small_disk
-from tests.train.forked import run_forked
+from tests.support.disks import fill, small_disk
+from tests.support.forked import run_forked
 from train.build import Run
 from train.guard.signals import Ending, StopRequest, clear_sentinels, write_sentinel
 from train.monitor.metrics import LogConfig, MetricsWriter, append_record, console_line, truncate_records

@@ -23,7 +23,7 @@ from model.router import Micro, Router, Routing
 from parallel.grad import scale_gradients
 from parallel.mesh import Axis
 from parallel.placement import Shard, collect_gradients
-from tests.train.forked import run_forked
+from tests.support.forked import run_forked
 from tests.train.test_pretrain import ROOT, column, ending, lines, tensors
 from train.guard.spikes import Health, HealthConfig, OnSpike, find_non_finite
 
