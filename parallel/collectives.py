@@ -1,15 +1,32 @@
-"""Collectives named by what they do, forward and backward; each is the identity on an axis of size 1.
+"""An axis of the process grid, and collectives over it, named by what they do forward and backward.
 
-Tensors have the same shape on all ranks of the axis.
+Each is the identity on an axis of size 1. Tensors have the same shape on all ranks of the axis.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.mesh import Axis
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of the process grid, as seen from this rank."""
+
+    name: str
+    rank: int
+    """This process's place on the axis."""
+    ranks: tuple[int, ...]
+    """Ranks of the job along the axis, in order."""
+    group: dist.ProcessGroup | None = None
+    """Of the ranks; None at size 1, where every collective is the identity."""
+
+    @property
+    def size(self) -> int:
+        """Ranks on the axis."""
+        return len(self.ranks)
 
 
 def all_reduce_sum(x: Tensor, axis: Axis) -> Tensor:

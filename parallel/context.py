@@ -16,8 +16,8 @@ from kernels.lightning_attention import lightning_attention, lightning_end_state
 from model.attention import SoftmaxAttention, SoftmaxCore
 from model.lightning import LightningAttention, LightningCore
 from model.transformer import Transformer
+from parallel.collectives import Axis
 from parallel.config import StateExchange
-from parallel.mesh import Axis
 from parallel.overlap import post, wait
 from parallel.ring import Kept, RingCore, by_chunk, from_chunks, owned_chunks
 

@@ -16,8 +16,8 @@ from model.config import ModelConfig
 from model.moe import Compute, Experts, MoE
 from model.router import Memo, Routing
 from model.transformer import Transformer
-from parallel.collectives import all_gather
-from parallel.mesh import Axis, Mesh
+from parallel.collectives import Axis, all_gather
+from parallel.mesh import Mesh
 from parallel.overlap import RowExchange, interleave, post, wait
 from parallel.placement import Placement
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.mesh import Axis
+from parallel.collectives import Axis
 
 Result = TypeVar("Result")
 

@@ -23,9 +23,9 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from model.transformer import Transformer
-from parallel.collectives import all_reduce_sum
+from parallel.collectives import Axis, all_reduce_sum
 from parallel.config import Schedule, num_stages, stage_owner, stages_of
-from parallel.mesh import Axis, Mesh
+from parallel.mesh import Mesh
 from parallel.zero import prepare_backward
 
 SCHEDULES: dict[Schedule, type[PipelineScheduleSingle] | type[PipelineScheduleMulti]] = {

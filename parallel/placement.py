@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from parallel.collectives import all_gather, all_reduce_sum
-from parallel.mesh import Axis
+from parallel.collectives import Axis, all_gather, all_reduce_sum
 
 
 @dataclass(frozen=True)

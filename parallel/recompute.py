@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from model.attention import SoftmaxAttention, SoftmaxCore
 from model.router import Memo, Router
 from model.transformer import Block, Transformer
+from parallel.collectives import Axis
 from parallel.config import Recompute
 from parallel.context import PrefixStateCore
 from parallel.expert import AllToAllDispatcher
-from parallel.mesh import Axis
 from parallel.ring import Kept, RingCore
 
 

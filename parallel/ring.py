@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kernels.documents import Documents
 from kernels.reference import merge_attention, widen
 from kernels.softmax_attention import attend, attend_backward, softmax_attention
-from parallel.mesh import Axis
+from parallel.collectives import Axis
 
 
 def owned_chunks(rank: int, cp: Axis) -> tuple[int, int]:

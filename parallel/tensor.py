@@ -15,8 +15,7 @@ from kernels.gated_norm import gated_rms_norm
 from kernels.reference import widen
 from model.lightning import LightningAttention, LightningCore
 from model.transformer import Transformer
-from parallel.collectives import all_gather, all_reduce_both, gather_from_sequence, scatter_to_sequence
-from parallel.mesh import Axis
+from parallel.collectives import Axis, all_gather, all_reduce_both, gather_from_sequence, scatter_to_sequence
 from parallel.placement import Placement
 
 

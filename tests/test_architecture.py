@@ -32,7 +32,7 @@ PICKLES = (
 )  # fmt: skip
 PROCESS_FILES = {
     "train/pretrain.py",
-    "parallel/mesh.py",
+    "parallel/launch.py",
 }  # the only ones that may print and read the environment
 
 
@@ -346,7 +346,7 @@ LEGAL = {
     "parallel/apply.py": "import torch.distributed\nfrom model.a import f\nfrom kernels.a import f\n"
     + function("f", 60),
     "parallel/zero.py": "def offload():\n    import deepspeed\n",
-    "parallel/mesh.py": "import os\nprint(os.environ)\n",
+    "parallel/launch.py": "import os\nprint(os.environ)\n",
     "data/a.py": "from data.b import C\nblueprint(os.path)\nx.load(torch.loader)\n",
     "train/config.py": "import omegaconf\nself.cfg = cfg\nmy_cfg.x = 1\nsetattr(module, 'cfg', cfg.x)\n",
     "train/step.py": "from data.a import C\nfrom parallel.mesh import Mesh\n" + function("train_step", 40),

@@ -25,7 +25,8 @@ from model.router import Router
 from model.transformer import Transformer
 from parallel.apply import build_parts, parallelize
 from parallel.collectives import from_leader
-from parallel.mesh import Mesh, launcher_grace_s
+from parallel.launch import launcher_grace_s
+from parallel.mesh import Mesh
 from parallel.optimizer import build_optimizer
 from parallel.pipeline import Pipeline, SingleStage
 from parallel.placement import Shard

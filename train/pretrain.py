@@ -19,9 +19,8 @@ from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from parallel.collectives import from_leader
-from parallel.mesh import (
+from parallel.launch import (
     JoinError,
-    init_mesh,
     join_job,
     launch_name,
     launched_local_rank,
@@ -31,6 +30,7 @@ from parallel.mesh import (
     set_determinism,
     slurm_job,
 )
+from parallel.mesh import init_mesh
 from train.build import build_run, device_type
 from train.changes import judge_changes
 from train.checkpoint.resume import NoCheckpointError, choose_start, saved_model

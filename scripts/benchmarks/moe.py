@@ -14,7 +14,8 @@ from model.capacity import PIECES, capacity, decide_replicas, line_up
 from model.config import ModelConfig, RouterConfig
 from model.hashing import draw
 from model.router import Micro, Router
-from parallel.mesh import Axis, one_process
+from parallel.collectives import Axis
+from parallel.mesh import one_process
 from parallel.pool import StagePool
 
 COLUMNS = (

@@ -19,10 +19,10 @@ from model.config import ModelConfig
 from model.init import init_slice
 from model.lightning import LightningCore
 from model.transformer import Transformer
-from parallel.collectives import all_reduce_sum
+from parallel.collectives import Axis, all_reduce_sum
 from parallel.config import StateExchange
 from parallel.context import PrefixStateCore, ZigzagLocator, apply_context, zigzag
-from parallel.mesh import Axis, one_process
+from parallel.mesh import one_process
 from parallel.pool import StagePool
 from parallel.ring import RingCore, find_crossings
 from tests.support.dist import run_distributed

@@ -13,10 +13,10 @@ from model.config import ModelConfig
 from model.moe import MoE
 from model.router import Micro
 from model.transformer import Transformer
-from parallel.collectives import all_reduce_sum
+from parallel.collectives import Axis, all_reduce_sum
 from parallel.config import ParallelConfig
 from parallel.expert import AllToAllDispatcher, apply_expert
-from parallel.mesh import Axis, Mesh, init_mesh, one_process
+from parallel.mesh import Mesh, init_mesh, one_process
 from parallel.placement import Placement
 from parallel.pool import StagePool
 from tests.support.dist import run_distributed

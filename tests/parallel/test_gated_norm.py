@@ -11,8 +11,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 
 from kernels.gated_norm import gated_rms_norm_triton
 from kernels.reference import gated_rms_norm
-from parallel.collectives import all_reduce_both
-from parallel.mesh import Axis
+from parallel.collectives import Axis, all_reduce_both
 from tests.support.dist import run_distributed
 from tests.support.kernel_checks import DEVICE
 

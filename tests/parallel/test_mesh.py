@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from parallel.config import ParallelConfig
-from parallel.mesh import init_mesh, set_determinism
+from parallel.launch import set_determinism
+from parallel.mesh import init_mesh
 from tests.support.dist import run_distributed
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.documents import locate_documents
 from kernels.reference import softmax_attention as twin
-from parallel.mesh import Axis
+from parallel.collectives import Axis
 from parallel.ring import Kept, RingCore, _Ring, _RingAttention, documents_of_chunks
 from tests.support.kernel_checks import DEVICE, errors, outputs_and_gradients, random_tensor
 

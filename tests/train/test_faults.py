@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from data.tokenizer import train_tokenizer
-from parallel.mesh import JoinError, join_job
+from parallel.launch import JoinError, join_job
 from tests.support.jobs import is_running, workers
 from tests.train.test_pretrain import ROOT, command, ending, lines
 from train.checkpoint.storage import checkpoints_in

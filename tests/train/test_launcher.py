@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.mesh import JoinError, join_job
+from parallel.launch import JoinError, join_job
 from tests.support.forked import run_forked
 from tests.support.jobs import Job, arguments, workers
 from tests.train.checkpoint.test_resume import outcome

@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from data.config import DataConfig, SourceConfig
 from data.tokenizer import train_tokenizer
-from parallel.collectives import from_leader
+from parallel.collectives import Axis, from_leader
 from parallel.config import ParallelConfig
-from parallel.mesh import Axis, init_mesh
+from parallel.mesh import init_mesh
 from scripts.prepare_data import main
 from tests.support.dist import run_distributed
 from tests.train.test_pretrain import ROOT, column, command, ending, launch, pretrain

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parallel.collectives import all_gather_texts, all_reduce_sum, from_leader
-from parallel.mesh import Axis
+from parallel.collectives import Axis, all_gather_texts, all_reduce_sum, from_leader
 from parallel.optimizer import set_step
 from parallel.placement import Shard, publish
 from train.checkpoint.contents import CheckpointConfig, Resume, state_boxes

@@ -17,8 +17,7 @@ from uuid import uuid4
 
 import torch
 
-from parallel.collectives import from_leader, gather_texts
-from parallel.mesh import Axis
+from parallel.collectives import Axis, from_leader, gather_texts
 from train.checkpoint.contents import CheckpointConfig, SaveMode
 from train.checkpoint.storage import (
     Box,

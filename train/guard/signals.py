@@ -13,8 +13,7 @@ from types import FrameType
 
 import torch
 
-from parallel.collectives import all_reduce_sum
-from parallel.mesh import Axis
+from parallel.collectives import Axis, all_reduce_sum
 
 log = logging.getLogger(__name__)
 

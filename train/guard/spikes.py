@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.mesh import Axis
+from parallel.collectives import Axis
 from parallel.placement import Shard
 
 NAMED = 5  # things that a message spells out

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from parallel.mesh import last_collective
+from parallel.launch import last_collective
 
 HANG_CODE = 75
 """Exit code: trying again makes sense. No sentinel is written; the last checkpoint stays."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model.router import Router
-from parallel.mesh import Axis
+from parallel.collectives import Axis
 from parallel.pipeline import gather_layers
 
 

@@ -15,7 +15,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from data.dataset import DatasetWriter
-from parallel.mesh import Axis, join_job
+from parallel.collectives import Axis
+from parallel.launch import join_job
 from tests.support.dist import run_distributed
 from tests.train.checkpoint.test_manifest import content_of, make, write
 from tests.train.test_config import config

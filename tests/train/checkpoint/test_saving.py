@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from parallel.mesh import Axis, launcher_grace_s
+from parallel.collectives import Axis
+from parallel.launch import launcher_grace_s
 from tests.support import disks
 from tests.support.dist import _enter, run_distributed
 from train.checkpoint.contents import CheckpointConfig, SaveMode

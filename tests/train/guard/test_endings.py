@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from parallel.mesh import Axis
+from parallel.collectives import Axis
 from tests.support.forked import run_forked
 from tests.train.test_pretrain import column, ending, lines, tensors
 from train.checkpoint.contents import CheckpointConfig, SaveMode

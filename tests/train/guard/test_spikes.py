@@ -20,8 +20,8 @@ from data.config import DataConfig, SourceConfig
 from data.dataset import TokenDataset
 from data.loader import Loader, Shape
 from model.router import Micro, Router, Routing
+from parallel.collectives import Axis
 from parallel.grad import scale_gradients
-from parallel.mesh import Axis
 from parallel.placement import Shard, collect_gradients
 from tests.support.forked import run_forked
 from tests.train.test_pretrain import ROOT, column, ending, lines, tensors

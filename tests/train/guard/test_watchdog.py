@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.mesh import _record_collectives
+from parallel.launch import _record_collectives
 from tests.support.forked import ROOT
 from tests.support.jobs import Job, arguments, is_running, workers
 from train.guard.spikes import HealthConfig
