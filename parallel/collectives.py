@@ -3,12 +3,15 @@
 Each is the identity on an axis of size 1. Tensors have the same shape on all ranks of the axis.
 """
 
+import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -111,38 +114,41 @@ class _Scatter(torch.autograd.Function):
         return all_gather(grads[0], ctx.axis, dim=ctx.dim), None, None
 
 
-def from_leader(text: str, axis: Axis) -> str:
-    """The text of the axis's rank 0, on every rank; the others give ""."""
-    content = text.encode()
+def from_leader(value: T, axis: Axis) -> T:
+    """Broadcast the JSON value of the axis's rank 0 to all its ranks; the other ranks' values are ignored.
+
+    It is a sum rather than `dist.broadcast`, so that rank 0 waits, too, and notices a rank that is gone.
+    """
+    content = json.dumps(value).encode() if axis.rank == 0 else b""
     size = int(all_reduce_sum(torch.tensor(len(content)), axis))
     sent = torch.zeros(size, dtype=torch.uint8)
     sent[: len(content)] = torch.tensor(list(content), dtype=torch.uint8)
-    return bytes(all_reduce_sum(sent, axis).tolist()).decode()
+    return json.loads(bytes(all_reduce_sum(sent, axis).tolist()))
 
 
-def gather_texts(text: str, axis: Axis) -> list[str]:
-    """Every rank's text, in the order of ranks, on the axis's rank 0; [] on the others."""
+def gather_values(value: T, axis: Axis) -> list[T]:
+    """Gather every rank's JSON value, in the order of ranks, on the axis's rank 0; [] on the others."""
     if axis.group is None:
-        return [text]
-    padded, sizes = _pad(text, axis)
+        return [value]
+    padded, sizes = _pad(value, axis)
     if axis.rank:
         dist.gather(padded, dst=axis.ranks[0], group=axis.group)
         return []
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.gather(padded, parts, dst=axis.ranks[0], group=axis.group)
-    return [bytes(part[:size].numpy()).decode() for part, size in zip(parts, sizes, strict=True)]
+    return [json.loads(bytes(part[:size].numpy())) for part, size in zip(parts, sizes, strict=True)]
 
 
-def all_gather_texts(text: str, axis: Axis) -> list[str]:
-    """Every rank's text, in the order of ranks, on all ranks."""
-    padded, sizes = _pad(text, axis)
+def all_gather_values(value: T, axis: Axis) -> list[T]:
+    """Gather every rank's JSON value, in the order of ranks, on all ranks."""
+    padded, sizes = _pad(value, axis)
     parts = all_gather(padded[None], axis)
-    return [bytes(part[:size].numpy()).decode() for part, size in zip(parts, sizes, strict=True)]
+    return [json.loads(bytes(part[:size].numpy())) for part, size in zip(parts, sizes, strict=True)]
 
 
-def _pad(text: str, axis: Axis) -> tuple[Tensor, list[int]]:
-    """The text's bytes with as many behind them as the longest of all ranks has more, and all sizes."""
-    content = torch.tensor(list(text.encode()), dtype=torch.uint8)
+def _pad(value: object, axis: Axis) -> tuple[Tensor, list[int]]:
+    """The value as bytes of JSON, padded to the longest of all ranks, and every rank's size."""
+    content = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = all_gather(torch.tensor([len(content)]), axis).tolist()
     padded = content.new_zeros(max(sizes))
     padded[: len(content)] = content

@@ -1,6 +1,5 @@
 """Where a run goes on, chosen by all ranks together, and filling it from there."""
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from parallel.collectives import Axis, all_gather_texts, all_reduce_sum, from_leader
+from parallel.collectives import Axis, all_gather_values, all_reduce_sum, from_leader
 from parallel.optimizer import set_step
 from parallel.placement import Shard, publish
 from train.checkpoint.contents import CheckpointConfig, Resume, state_boxes
@@ -112,9 +111,7 @@ def _newest_whole(
     folders: Sequence[Path], cfg: CheckpointConfig, world: Axis, stop: StopRequest, *, is_resumed: bool
 ) -> tuple[Manifest | None, dict[Path, list[str]]]:
     """The first of the leader's folders that has no fault, and by folder the faults of those before it."""
-    agreed = json.loads(
-        from_leader(json.dumps([str(path) for path in folders]) if world.rank == 0 else "", world)
-    )
+    agreed = from_leader([str(path) for path in folders], world)
     rejected: dict[Path, list[str]] = {}
     for folder in map(Path, agreed):
         manifest, problems = _examine(folder, cfg.verify, world, stop, is_resumed=is_resumed)
@@ -148,9 +145,7 @@ def _examine(
         problems = [str(error)]
     while int(all_reduce_sum(torch.tensor(_work_a_while(work, problems, stop)), world)):
         stop.leave_early(world, "while checkpoints were checked")
-    heard = [
-        line for lines in map(json.loads, all_gather_texts(json.dumps(problems), world)) for line in lines
-    ]
+    heard = [line for lines in all_gather_values(problems, world) for line in lines]
     return manifest, list(dict.fromkeys(heard))
 
 
@@ -230,13 +225,12 @@ def load_weights(
 
 
 def _read_together(manifest: Manifest, boxes: Mapping[str, Box], world: Axis) -> None:
-    said = ""
+    problem = None
     try:
         read_boxes(manifest, boxes)
     except CheckpointError as error:
-        said = str(error)
-    heard = [text for text in all_gather_texts(said, world) if text]
-    if heard:
+        problem = str(error)
+    if heard := [each for each in all_gather_values(problem, world) if each is not None]:
         raise NoCheckpointError(heard[0])
 
 

@@ -6,7 +6,6 @@ another that failed. Only a rank that is gone raises. Collectives go over an axi
 
 import copy
 import errno
-import json
 import logging
 import threading
 import time
@@ -17,7 +16,7 @@ from uuid import uuid4
 
 import torch
 
-from parallel.collectives import Axis, from_leader, gather_texts
+from parallel.collectives import Axis, from_leader, gather_values
 from train.checkpoint.contents import CheckpointConfig, SaveMode
 from train.checkpoint.storage import (
     Box,
@@ -105,9 +104,9 @@ def agree(mine: Report, conclude: Callable[[list[Any]], Any], axis: Axis) -> Any
     Raises:
         SaveError: a rank reported an error, or the leader met one; on every rank.
     """
-    reports = [json.loads(text) for text in gather_texts(json.dumps(mine), axis)]
+    reports = gather_values(mine, axis)
     failpoint("reported")
-    said = ""
+    verdict: Report = {}
     if axis.rank == 0:
         errors = [f"rank {n}: {report['error']}" for n, report in enumerate(reports) if "error" in report]
         if errors:
@@ -117,8 +116,7 @@ def agree(mine: Report, conclude: Callable[[list[Any]], Any], axis: Axis) -> Any
             verdict = attempt(lambda: conclude([report["done"] for report in reports]))
             if "error" in verdict:
                 verdict["error"] = f"rank 0: {verdict['error']}"
-        said = json.dumps(verdict)
-    heard = json.loads(from_leader(said, axis))
+    heard = from_leader(verdict, axis)
     if "error" in heard:
         raise SaveError(heard["error"])
     return heard["done"]

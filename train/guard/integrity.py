@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from parallel.collectives import all_gather, all_gather_texts, all_reduce_sum
+from parallel.collectives import all_gather, all_gather_values, all_reduce_sum
 from parallel.mesh import Mesh
 from parallel.optimizer import moments
 from parallel.placement import Shard
@@ -147,8 +147,7 @@ class StateGuard:
         found += _parted(self.names, kept, self.is_replica.tolist(), self.mesh.tp.ranks)
         if found:
             log.error("%s", "; ".join(found))
-        texts = [text for text in all_gather_texts("\n".join(found), self.mesh.world) if text]
-        lines = dict.fromkeys(line for text in texts for line in text.split("\n"))
+        lines = dict.fromkeys(line for lines in all_gather_values(found, self.mesh.world) for line in lines)
         raise DamagedStateError(
             f"silent corruption of memory: {'; '.join(lines)}. Nothing was saved, the last checkpoint is "
             "from before; look at the memory of that machine before it is used again"

@@ -359,7 +359,7 @@ def test_a_lost_rank_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def gone(*_: object) -> None:
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr("train.checkpoint.saving.gather_texts", gone)
+    monkeypatch.setattr("train.checkpoint.saving.gather_values", gone)
     saver = alone(tmp_path)
     saver.save(1, {}, {}, SaveMode["async"])
     with pytest.raises(RuntimeError, match="Connection closed"):
