@@ -11,7 +11,7 @@ from collections import Counter
 
 from train.checkpoint.manifest import DTYPES, read_manifest, show
 from train.checkpoint.restore import verify
-from train.checkpoint.storage import MANIFEST, CheckpointError, newest_in
+from train.checkpoint.storage import MANIFEST, CheckpointError, find_checkpoints
 
 
 def main() -> int:
@@ -20,7 +20,8 @@ def main() -> int:
     parser.add_argument("action", choices=["inspect", "verify"])
     parser.add_argument("checkpoint", type=Path)
     arguments = parser.parse_args()
-    folder = newest_in(arguments.checkpoint)
+    found = find_checkpoints(arguments.checkpoint / "checkpoints", complete=True)
+    folder = next(iter(found), arguments.checkpoint)
     if not (folder / MANIFEST).exists():
         print(f"error: {folder}: no checkpoint, it has no {MANIFEST}", file=sys.stderr)
         return 2

@@ -16,7 +16,7 @@ from data.tokenizer import train_tokenizer
 from parallel.launch import JoinError, join_job
 from tests.support.jobs import is_running, workers
 from tests.train.test_pretrain import ROOT, command, ending, lines
-from train.checkpoint.storage import checkpoints_in
+from train.checkpoint.storage import find_checkpoints
 
 HOLD = str(ROOT / "tests/support/hold_rank.py")
 MANY_STEPS = "train.steps=100000"
@@ -71,9 +71,9 @@ def test_a_stop_at_any_moment(
     kind, facts = ending(run_dir)
     assert (kind, facts["code"], facts["reason"]) == ("REQUEUE", 75, number.name), said.read_text()
     assert facts["step"] == {"step": 4, "data": 4, "save": 5}[place]
-    newest = next(checkpoints_in(run_dir / "checkpoints"))
-    assert newest[0] == facts["step"] == lines(run_dir)[-1]["step"]
-    assert len(list(newest[1].glob("*.safetensors"))) == 2
+    newest, step = next(iter(find_checkpoints(run_dir / "checkpoints", complete=True).items()))
+    assert step == facts["step"] == lines(run_dir)[-1]["step"]
+    assert len(list(newest.glob("*.safetensors"))) == 2
 
 
 @pytest.mark.faults

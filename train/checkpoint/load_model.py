@@ -14,7 +14,7 @@ from model.config import Balancing, LayerType, ModelConfig, RouterConfig, SlopeR
 from model.transformer import Transformer
 from train.checkpoint.manifest import Manifest, read_manifest
 from train.checkpoint.restore import read_boxes
-from train.checkpoint.storage import Box, CheckpointError, newest_in
+from train.checkpoint.storage import Box, CheckpointError, find_checkpoints
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -46,7 +46,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: there is none, or it names no model.
     """
-    folder = newest_in(path)
+    folder = next(iter(find_checkpoints(path / "checkpoints", complete=True)), path)
     manifest = read_manifest(folder)
     if "model" not in manifest.part("config"):
         raise CheckpointError(f"{folder}: its manifest has no config.model; save it again with this version")

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from parallel.placement import Shard, publish
 from train.checkpoint.contents import CheckpointConfig, Resume, state_boxes
 from train.checkpoint.manifest import Manifest, read_manifest, show
 from train.checkpoint.restore import Verify, check_files, read_boxes, strangers
-from train.checkpoint.storage import MANIFEST, Box, CheckpointError
+from train.checkpoint.storage import MANIFEST, Box, CheckpointError, find_checkpoints
 from train.guard.signals import StopRequest
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ def choose_start(run_dir: Path, cfg: CheckpointConfig, world: Axis, stop: StopRe
     """
     if cfg.resume is not Resume.never:
         root = run_dir / "checkpoints"
-        found, rejected = _newest_whole(step_folders(root), cfg, world, stop, is_resumed=True)
+        own = find_checkpoints(root, complete=False)
+        found, rejected = _newest_whole(own, cfg, world, stop, is_resumed=True)
         if found is not None:
             if world.rank == 0:
                 _set_rejected_aside(rejected)
@@ -65,25 +66,12 @@ def choose_start(run_dir: Path, cfg: CheckpointConfig, world: Axis, stop: StopRe
             raise NoCheckpointError(f"checkpoint.resume=must, but {root} holds no step-N")
     if cfg.init is None:
         return Start()
-    found, rejected = _newest_whole(folders_of(Path(cfg.init)), cfg, world, stop, is_resumed=False)
+    init = Path(cfg.init)
+    folders = find_checkpoints(init / "checkpoints", complete=False)
+    found, rejected = _newest_whole(folders or [init], cfg, world, stop, is_resumed=False)
     if found is None:
         raise NoCheckpointError(f"checkpoint.init={cfg.init}: {_explain(rejected, cfg)}")
     return Start(initial=found)
-
-
-def step_folders(root: Path) -> list[Path]:
-    """All `step-*` under a folder, whole or not, newest first."""
-
-    def step(path: Path) -> tuple[int, str]:
-        digits = path.name.removeprefix("step-")
-        return int(digits) if digits.isascii() and digits.isdecimal() else -1, digits
-
-    return sorted(root.glob("step-*"), key=step, reverse=True)
-
-
-def folders_of(path: Path) -> list[Path]:
-    """The checkpoints that a path means: a step folder, or those of a run directory, newest first."""
-    return step_folders(path / "checkpoints") or [path]
 
 
 def saved_model(run_dir: Path, init: Path, resume: Resume, verify: Verify) -> tuple[Mapping[str, Any], Path]:
@@ -92,9 +80,10 @@ def saved_model(run_dir: Path, init: Path, resume: Resume, verify: Verify) -> tu
     Raises:
         NoCheckpointError: no manifest can be read.
     """
-    own = [] if resume is Resume.never else step_folders(run_dir / "checkpoints")
+    roots = [init] if resume is Resume.never else [run_dir, init]
+    found = (find_checkpoints(root / "checkpoints", complete=False) for root in roots)
     reasons = []
-    for folder in own or folders_of(init):
+    for folder in next(filter(None, found), None) or [init]:
         try:
             config = read_manifest(folder, is_checked=verify is not Verify.off).part("config")
             if isinstance(config.get("model"), dict):
@@ -108,7 +97,7 @@ def saved_model(run_dir: Path, init: Path, resume: Resume, verify: Verify) -> tu
 
 
 def _newest_whole(
-    folders: Sequence[Path], cfg: CheckpointConfig, world: Axis, stop: StopRequest, *, is_resumed: bool
+    folders: Iterable[Path], cfg: CheckpointConfig, world: Axis, stop: StopRequest, *, is_resumed: bool
 ) -> tuple[Manifest | None, dict[Path, list[str]]]:
     """The first of the leader's folders that has no fault, and by folder the faults of those before it."""
     agreed = from_leader([str(path) for path in folders], world)

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from train.checkpoint.resume import new_previous
-from train.checkpoint.storage import MANIFEST, checkpoints_in
+from train.checkpoint.storage import MANIFEST, find_checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ def set_newer_aside(run_dir: Path, cfg: RewindConfig) -> str:
 
     For one rank, before any looks for a checkpoint.
     """
-    steps = dict(checkpoints_in(run_dir / "checkpoints"))
+    found = find_checkpoints(run_dir / "checkpoints", complete=True)
+    steps = {step: path for path, step in found.items()}
     newer = [path for step, path in steps.items() if cfg.to is not None and step > cfg.to]
     if cfg.to is None or any(cfg.entry in rewinds_of(path) for path in newer):
         return ""

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,7 +159,7 @@ def retire(root: Path, *, keep: int | None, keep_every: int | None) -> None:
 
     A folder loses its name first: there is no moment at which half of a checkpoint bears one.
     """
-    for step, path in list(checkpoints_in(root))[keep:] if keep else []:
+    for path, step in list(find_checkpoints(root, complete=True).items())[keep:] if keep else []:
         if keep_every is None or step % keep_every:
             trash = path.rename(path.with_name(f".trash-{path.name}"))
             failpoint("mid_retention")
@@ -192,15 +192,22 @@ def checksum(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def checkpoints_in(folder: Path) -> Iterator[tuple[int, Path]]:
-    """(step, path) of the complete checkpoints under a folder, newest first."""
-    found = [(int(path.name[5:]), path) for path in folder.glob("step-*") if path.name[5:].isdecimal()]
-    yield from sorted(((step, path) for step, path in found if (path / MANIFEST).is_file()), reverse=True)
+def find_checkpoints(root: Path, *, complete: bool) -> dict[Path, int]:
+    """Find the checkpoints in a folder, newest first.
 
+    Args:
+        root: the folder that holds them, `checkpoints` of a run directory.
+        complete: leave out what has no manifest or no step in its name. Where a run goes on, such folders
+            count, because a damaged checkpoint must be noticed.
 
-def newest_in(path: Path) -> Path:
-    """The newest checkpoint of a run directory; any other path is taken for a checkpoint itself."""
-    return next((folder for _, folder in checkpoints_in(path / "checkpoints")), path)
+    Returns:
+        The step of each folder; -1 where its name has none.
+    """
+    digits = {path: path.name.removeprefix("step-") for path in root.glob("step-*")}
+    steps = {path: int(n) if n.isascii() and n.isdecimal() else -1 for path, n in digits.items()}
+    if complete:
+        steps = {path: step for path, step in steps.items() if step >= 0 and (path / MANIFEST).is_file()}
+    return {path: steps[path] for path in sorted(steps, key=lambda path: (steps[path], path), reverse=True)}
 
 
 def _sync(path: Path) -> None:

@@ -25,8 +25,8 @@ from train.changes import judge_changes
 from train.checkpoint.contents import Change, CheckpointConfig, Resume
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.restore import Verify, read_boxes
-from train.checkpoint.resume import NoCheckpointError, choose_start, saved_model, step_folders
-from train.checkpoint.storage import Box
+from train.checkpoint.resume import NoCheckpointError, choose_start, saved_model
+from train.checkpoint.storage import MANIFEST, Box, find_checkpoints
 from train.config import CONF_DIR, ConfigError, RunConfig, adopt_model, load_config, register_schema
 from train.curriculum_stages import build_stages
 from train.guard.signals import StoppedEarly, StopRequest
@@ -143,8 +143,12 @@ def test_must_and_none_and_fresh_starts(tmp_path: Path) -> None:
 def test_steps_are_numbers(tmp_path: Path) -> None:
     for name in ("step-9", "step-10", "step-²", "step-x", "rejected-step-11", ".tmp-step-12"):
         (tmp_path / name).mkdir()
-    assert [path.name for path in step_folders(tmp_path)][:2] == ["step-10", "step-9"]
-    assert len(step_folders(tmp_path)) == 4
+    found = find_checkpoints(tmp_path, complete=False)
+    assert [path.name for path in found][:2] == ["step-10", "step-9"]
+    assert list(found.values()) == [10, 9, -1, -1]
+    (tmp_path / "step-9" / MANIFEST).touch()
+    (tmp_path / "step-x" / MANIFEST).touch()
+    assert find_checkpoints(tmp_path, complete=True) == {tmp_path / "step-9": 9}
 
 
 def test_rejected_twice_keeps_both(tmp_path: Path) -> None:
