@@ -14,6 +14,11 @@ from train.guard.watchdog import HANG_CODE
 REFERENCE = ROOT / "docs" / "reference"
 
 
+def named(text: str) -> str:
+    """`x` or **`x`** -> x."""
+    return text.strip("*`")
+
+
 def rows(page: str, heading: str) -> dict[str, list[str]]:
     """The other cells of each row by the name in the first, in the tables of a section and what is below."""
     text = (REFERENCE / page).read_text(encoding="utf-8")
@@ -21,7 +26,7 @@ def rows(page: str, heading: str) -> dict[str, list[str]]:
     section = re.split(rf"^#{{1,{level}}} ", text.split(f"\n{heading}\n")[1], flags=re.M)[0]
     lines = [line[1:-1] for line in section.splitlines() if line.startswith("| ")]
     cells = [[cell.strip() for cell in line.split("|")] for line in lines]
-    return {row[0].strip("`"): row[1:] for row in cells if re.match(r"`|\d", row[0])}
+    return {named(row[0]): row[1:] for row in cells if re.match(r"[*`\d]", row[0])}
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +100,25 @@ def exit_codes() -> set[int]:
     ]
     assert ends and given
     return {HANG_CODE, *EXIT_CODES.values(), *given}
+
+
+@pytest.mark.parametrize("program", sorted(path.name for path in (ROOT / "scripts").glob("[!_]*.py")))
+def test_commands_have_the_options_that_are_listed(program: str) -> None:
+    """Required ones are bold."""
+    tree = ast.parse((ROOT / "scripts" / program).read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
+    names = [(call, getattr(call.args[0], "value", None)) for call in calls]
+    options = {
+        name: any(word.arg == "required" for word in call.keywords)
+        for call, name in names
+        if isinstance(name, str) and re.fullmatch(r"--[a-z-]+", name)
+    }
+    page = (REFERENCE / "commands.md").read_text(encoding="utf-8")
+    section = page.split(f"\n## `scripts/{program}`\n")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| (\*\*)?`(--[a-z-]+)`", section, re.M)
+    assert {name: bool(bold) for bold, name in listed} == options
+
+
+def test_targets_of_make_are_listed() -> None:
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert targets and set(rows("commands.md", "## `make`")) == set(targets[1].split())
