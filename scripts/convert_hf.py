@@ -33,14 +33,13 @@ from train.checkpoint.storage import (
     MANIFEST,
     Box,
     CheckpointError,
-    Part,
-    Written,
     commit,
     file_name,
     free_bytes,
+    manifest_part,
     no_room,
 )
-from train.checkpoint.tensor_file import CODES, Form, TensorFileWriter, by_alignment
+from train.checkpoint.tensor_file import CODES, TensorFileWriter, by_alignment
 
 NAMED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -107,18 +106,15 @@ def import_model(hf: Path, output: Path, *, shard_bytes: int) -> None:
     with new_folder(output, sum(sizes.values())) as folder:
         progress, files = Progress(sum(sizes.values())), []
         for number, names in enumerate(shards(sizes, shard_bytes)):
-            forms = {name: Form(dtypes[name], global_shape(parameters[name])) for name in names}
+            tensors = {name: outline(global_shape(parameters[name]), dtypes[name]) for name in names}
             path = folder / file_name(number)
-            with TensorFileWriter(path, forms) as writer:
-                for name in by_alignment(forms):
+            with TensorFileWriter(path, tensors) as writer:
+                for name in by_alignment(tensors):
                     for part in parameters[name]:
                         for chunk in stored[part.name].chunks():
                             writer.write(chunk)
-            places = {
-                name: Part(CODES[dtype], shape, (0,) * len(shape), shape)
-                for name, (dtype, shape) in forms.items()
-            }
-            files.append(Written(*writer.facts, places))
+            boxes = {name: Box.whole(tensor) for name, tensor in tensors.items()}
+            files.append(manifest_part(path.name, writer.facts, boxes))
             progress.wrote(path.name, len(names), writer.size)
         facts = {
             "step": 0,
@@ -189,9 +185,9 @@ def export_model(
         groups = list(shards(sizes, shard_bytes))
         for number, names in enumerate(groups, start=1):
             path = folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-            forms = {name: Form(dtypes[name], plan[name].shape) for name in names}
-            with TensorFileWriter(path, forms, {"format": "pt"}) as writer:
-                for name in by_alignment(forms):
+            tensors = {name: outline(plan[name].shape, dtypes[name]) for name in names}
+            with TensorFileWriter(path, tensors, {"format": "pt"}) as writer:
+                for name in by_alignment(tensors):
                     for rows in read_piece(manifest, plan[name], dtypes[name]):
                         writer.write(rows)
             weight_map |= dict.fromkeys(names, path.name)
@@ -215,7 +211,7 @@ def check_biases(manifest: Manifest) -> None:
     for name, saved in manifest.tensors.items():
         if name.startswith("router.bias."):
             bias = torch.zeros(saved.shape)
-            read_boxes(manifest, {name: Box(bias, saved.shape, (0,))})
+            read_boxes(manifest, {name: Box.whole(bias)})
             if bias.any():
                 raise ConversionError(
                     f"{manifest.folder}: {name} is not zero: router.balancing=bias chooses experts by a bias "
@@ -257,6 +253,11 @@ def read_piece(manifest: Manifest, piece: Piece, dtype: torch.dtype) -> Iterator
         rows = torch.empty(*lead, min(at_once, piece.shape[0] - first), *piece.shape[1:], dtype=dtype)
         read_boxes(manifest, {name: Box(rows, shape, (*piece.place, first, *ends))})
         yield rows
+
+
+def outline(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Make a tensor without values, to plan a file with."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def global_shape(parts: Sequence[Piece]) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """The tokenizer's files: with an import into the checkpoint; from there, or the data, into an export."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -9,7 +10,6 @@ from typing import Any
 from data.tokenizer import eos_id, load_tokenizer, tokenizer_file
 from scripts.hf.config import ConversionError
 from train.checkpoint.manifest import TOKENIZER, Manifest
-from train.checkpoint.storage import measure
 
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -24,7 +24,8 @@ def copy_tokenizer(source: Path, target: Path) -> dict[str, dict[str, Any]]:
         if (source / name).is_file():
             target.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
-            found[name] = measure(target / name)._asdict()
+            data = (target / name).read_bytes()
+            found[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     return found
 
 

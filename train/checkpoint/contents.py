@@ -94,7 +94,7 @@ def state_boxes(
     for key, tensor in state.items():
         place = boxes[f"model.{key.partition('.')[2]}"]
         boxes[key] = Box(tensor, place.shape, place.offset)
-    return boxes | {key: Box(bias, tuple(bias.shape), (0,)) for key, bias in biases.items()}
+    return boxes | {key: Box.whole(bias) for key, bias in biases.items()}
 
 
 @cache

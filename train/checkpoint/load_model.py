@@ -95,8 +95,7 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
     tensors = {f"model.{name}": parameter.data for name, parameter in model.named_parameters()}
     if router.balancing is Balancing.bias:
         tensors |= {f"router.bias.{router.layer}": router.bias for router in model.routers()}
-    boxes = {name: Box(x, tuple(x.shape), (0,) * x.dim()) for name, x in tensors.items()}
-    read_boxes(checkpoint.manifest, boxes)
+    read_boxes(checkpoint.manifest, {name: Box.whole(tensor) for name, tensor in tensors.items()})
     return model.eval()
 
 

@@ -208,7 +208,7 @@ def load_weights(
         NoCheckpointError: a tensor is not there or not readable; on every rank.
     """
     boxes = {f"model.{s.name}": Box(s.master, s.shape, s.offset) for s in shards}
-    known = {key: Box(b, tuple(b.shape), (0,)) for key, b in biases.items() if key in manifest.tensors}
+    known = {key: Box.whole(b) for key, b in biases.items() if key in manifest.tensors}
     _read_together(manifest, boxes | known, world)
     publish(shards)
 

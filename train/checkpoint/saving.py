@@ -20,11 +20,10 @@ from parallel.collectives import Axis, from_leader, gather_values
 from train.checkpoint.contents import CheckpointConfig, SaveMode
 from train.checkpoint.storage import (
     Box,
-    Written,
+    ManifestPart,
     commit,
     discard,
     failpoint,
-    forms_of,
     free_bytes,
     no_room,
     retire,
@@ -63,7 +62,7 @@ def write_together(
 
     def need() -> int:
         failpoint("start")
-        return file_size(forms_of(boxes))
+        return file_size({name: box.tensor for name, box in boxes.items()})
 
     def make_folder(sizes: Sequence[int]) -> str:
         root.mkdir(parents=True, exist_ok=True)
@@ -73,9 +72,9 @@ def write_together(
         failpoint("folder_made")
         return folder.name
 
-    def finish(reports: Sequence[Sequence[Any]]) -> None:
+    def finish(parts: Sequence[ManifestPart]) -> None:
         failpoint("gathered")
-        commit(folder, root / f"step-{step}", [Written(*report) for report in reports], facts)
+        commit(folder, root / f"step-{step}", parts, facts)
 
     try:
         name = agree({"error": trouble} if trouble else attempt(need), make_folder, axis)

@@ -13,14 +13,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from train.checkpoint.tensor_file import (
     CODES,
     FileFacts,
-    Form,
     TensorFileWriter,
     by_alignment,
     file_size,
@@ -32,6 +31,9 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST = "manifest.json"
 
+ManifestPart = dict[str, dict[str, Any]]
+"""The entries `files` and `tensors` of a manifest, as far as they are about one file; JSON."""
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read; the text names the file and the reason."""
@@ -39,7 +41,7 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Box:
-    """A local part of a named global tensor."""
+    """A part of a named global tensor on this rank."""
 
     tensor: Tensor
     """[local shape], written to or read into."""
@@ -48,69 +50,57 @@ class Box:
     offset: tuple[int, ...]
     """Global index of the part's first element."""
 
-
-class Part(NamedTuple):
-    """Where a tensor of one file lies in the global one."""
-
-    dtype: str
-    """As safetensors calls it."""
-    shape: Sequence[int]
-    """Global shape."""
-    offset: Sequence[int]
-    """Global index of the part's first element."""
-    size: Sequence[int]
-    """The part's own shape."""
-
-
-class Written(NamedTuple):
-    """A file of a checkpoint, and by name what is in it; all of it JSON."""
-
-    size: int
-    """Bytes."""
-    sha256: str
-    """Of all bytes, hexadecimal."""
-    parts: Mapping[str, Sequence[Any]]
-    """`Part` by tensor name."""
+    @classmethod
+    def whole(cls, tensor: Tensor) -> "Box":
+        """Take a tensor that is all of the global one."""
+        return cls(tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
 
 def file_name(number: int) -> str:
-    """Name of a checkpoint's file: rank's number, or a running one."""
+    """Name a checkpoint's file by the number of its rank, or a running one."""
     return f"rank-{number:05d}.safetensors"
-
-
-def forms_of(boxes: Mapping[str, Box]) -> dict[str, Form]:
-    """What a file of these boxes holds."""
-    return {name: Form(box.tensor.dtype, tuple(box.tensor.shape)) for name, box in boxes.items()}
 
 
 def failpoint(name: str) -> None:
     """A place in the writing of a checkpoint where a test may let a process die or meet an error."""
 
 
-def write_shard(folder: Path, rank: int, boxes: Mapping[str, Box]) -> Written:
-    """Write this rank's boxes into `folder`, durably, one tensor at a time on the host; what was written.
+def write_shard(folder: Path, rank: int, boxes: Mapping[str, Box]) -> ManifestPart:
+    """Write this rank's boxes into `folder`, durably, one tensor at a time on the host.
+
+    Returns:
+        What the manifest has to say about the file.
 
     Raises:
-        OSError: the disk is full (how much is missing), or what else it says; names the file.
+        OSError: the disk refused; the text names the file and, if the disk is full, how much is missing.
     """
-    forms, path = forms_of(boxes), folder / file_name(rank)
+    path, tensors = folder / file_name(rank), {name: box.tensor for name, box in boxes.items()}
     try:
-        with TensorFileWriter(path, forms) as writer:
-            for name in by_alignment(forms):
-                writer.write(boxes[name].tensor.detach().cpu())
+        with TensorFileWriter(path, tensors) as writer:
+            for name in by_alignment(tensors):
+                writer.write(tensors[name].detach().cpu())
                 failpoint("mid_shard")
         failpoint("after_shard")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         held = path.stat().st_size if path.exists() else 0
-        need, have = file_size(forms), free_bytes(folder) + held
+        need, have = file_size(tensors), free_bytes(folder) + held
         raise OSError(error.errno, no_room(need, have), str(path)) from error
-    parts = {
-        name: Part(CODES[box.tensor.dtype], box.shape, box.offset, forms[name].shape)
+    return manifest_part(path.name, writer.facts, boxes)
+
+
+def manifest_part(file: str, facts: FileFacts, boxes: Mapping[str, Box]) -> ManifestPart:
+    """Describe one file and the boxes in it for the manifest; the tensors may be on the meta device."""
+    tensors = {
+        name: {
+            "dtype": CODES[box.tensor.dtype],
+            "shape": box.shape,
+            "parts": [{"file": file, "offset": box.offset, "shape": box.tensor.shape}],
+        }
         for name, box in boxes.items()
     }
-    return Written(*writer.facts, parts)
+    return {"files": {file: facts._asdict()}, "tensors": tensors}
 
 
 def free_bytes(folder: Path) -> int:
@@ -124,21 +114,21 @@ def no_room(need: int, have: int) -> str:
     return f"No space left: need {need / 2**30:.3g} GiB, have {have / 2**30:.3g}"
 
 
-def measure(path: Path) -> FileFacts:
-    """Size and hash of a file; sha256, because it is in the standard library and faster than a disk."""
-    with path.open("rb") as file:
-        return FileFacts(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+def commit(folder: Path, final: Path, parts: Sequence[ManifestPart], facts: Mapping[str, Any]) -> None:
+    """Write the manifest and give the folder its final name; called by one rank, when all files are written.
 
-
-def commit(folder: Path, final: Path, files: Sequence[Written], facts: Mapping[str, Any]) -> None:
-    """Write the manifest of the ranks' files and give the folder its final name; one rank, after all."""
-    tensors: dict[str, Any] = {}
-    for rank, file in enumerate(files):
-        for key, (dtype, shape, offset, size) in file.parts.items():
-            entry = tensors.setdefault(key, {"dtype": dtype, "shape": shape, "parts": []})
-            entry["parts"].append({"file": file_name(rank), "offset": offset, "shape": size})
-    known = {file_name(n): {"size": file.size, "sha256": file.sha256} for n, file in enumerate(files)}
-    manifest = {"format": FORMAT, **facts, "files": known, "tensors": tensors}
+    Args:
+        folder: where the files lie.
+        final: the checkpoint's name; one that has it already is replaced.
+        parts: one for each file.
+        facts: all that the manifest holds besides.
+    """
+    files, tensors = dict[str, Any](), dict[str, Any]()
+    for part in parts:
+        files |= part["files"]
+        for name, entry in part["tensors"].items():
+            tensors.setdefault(name, {**entry, "parts": []})["parts"] += entry["parts"]
+    manifest = {"format": FORMAT, **facts, "files": files, "tensors": tensors}
     text = json.dumps({**manifest, "checksum": checksum(manifest)}, indent=1)
     with naming(folder / MANIFEST):
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")

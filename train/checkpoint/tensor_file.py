@@ -5,7 +5,6 @@ The format: 8 bytes, the length of a JSON header; the header; the tensors' bytes
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,60 +21,52 @@ CHUNK = 2**22
 """Bytes that are hashed and written at once: few enough to stay in a processor's cache in between."""
 
 
-class Form(NamedTuple):
-    """What is known of a tensor before its values."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 class FileFacts(NamedTuple):
     """What a file must be."""
 
     size: int
-    """Bytes."""
+    """Bytes of the file."""
     sha256: str
-    """Of all bytes, hexadecimal."""
+    """Hash of all bytes, hexadecimal."""
 
 
-def by_alignment(forms: Mapping[str, Form]) -> list[str]:
-    """Names in the order of the file: wide dtypes first, so that each tensor is aligned."""
-    return sorted(forms, key=lambda name: -forms[name].dtype.itemsize)
+def by_alignment(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Order names as a file has them: wide dtypes first, so that each tensor is aligned."""
+    return sorted(tensors, key=lambda name: -tensors[name].itemsize)
 
 
-def header_bytes(forms: Mapping[str, Form], metadata: Mapping[str, str] | None = None) -> bytes:
-    """All that stands before the first tensor; its length is a multiple of 8.
+def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Encode all that stands before the first tensor; the length is a multiple of 8.
+
+    Args:
+        tensors: by name; only dtypes and shapes are read, so they may be on the meta device.
+        metadata: free texts for the header.
 
     Raises:
-        ValueError: a dtype that is not written.
+        ValueError: a dtype is not written.
     """
     header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
-    for name in by_alignment(forms):
-        form = forms[name]
-        if form.dtype not in CODES:
+    for name in by_alignment(tensors):
+        dtype, shape = tensors[name].dtype, tensors[name].shape
+        if dtype not in CODES:
             known = ", ".join(str(dtype) for dtype in CODES)
-            raise ValueError(f"{name} is {form.dtype}; a checkpoint holds {known}")
-        start, end = end, end + form.size
-        header[name] = {"dtype": CODES[form.dtype], "shape": form.shape, "data_offsets": [start, end]}
+            raise ValueError(f"{name} is {dtype}; a checkpoint holds {known}")
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def file_size(forms: Mapping[str, Form]) -> int:
-    """Bytes of a file of these tensors."""
-    return len(header_bytes(forms)) + sum(form.size for form in forms.values())
+def file_size(tensors: Mapping[str, Tensor]) -> int:
+    """Count the bytes of a file of these tensors, which may be on the meta device."""
+    return len(header_bytes(tensors)) + sum(tensor.nbytes for tensor in tensors.values())
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of the disk in here name the file: what a write reports says nothing of where."""
+    """Add the file's name to errors of the disk: what a write reports says nothing of where."""
     try:
         yield
     except OSError as error:
@@ -83,20 +74,21 @@ def naming(path: Path) -> Iterator[None]:
 
 
 class TensorFileWriter:
-    """One new file; tensors are given one after the other in the order of `by_alignment`, whole or in pieces.
+    """Writes one new file, its tensors in the order of `by_alignment`, each whole or in pieces.
 
     Leaving the `with` block without an error makes the file durable. Errors of the disk name the file.
     """
 
     def __init__(
-        self, path: Path, forms: Mapping[str, Form], metadata: Mapping[str, str] | None = None
+        self, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
     ) -> None:
-        header = header_bytes(forms, metadata)
+        """Create the file and write the header; the arguments are those of `header_bytes`."""
+        header = header_bytes(tensors, metadata)
         self.path, self._hash = path, hashlib.sha256()
-        self.size = len(header) + sum(form.size for form in forms.values())
+        self.size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
         """Bytes of the whole file."""
         self.written = 0
-        """Bytes so far."""
+        """Bytes written so far."""
         self._file = path.open("xb", buffering=0)  # chunks are large, and closing cannot fail
         self.write(header)
 
@@ -104,7 +96,7 @@ class TensorFileWriter:
         """Append a tensor, or the next bytes of one.
 
         Args:
-            data: a tensor must be on the host.
+            data: bytes, or a tensor on the host.
         """
         view = _memory(data) if isinstance(data, Tensor) else memoryview(data).cast("B")
         for first in range(0, len(view), CHUNK):
@@ -130,7 +122,7 @@ class TensorFileWriter:
 
     @property
     def facts(self) -> FileFacts:
-        """Size and hash of what was written."""
+        """The size and hash of what was written."""
         return FileFacts(self.written, self._hash.hexdigest())
 
 

@@ -11,11 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from train.checkpoint.tensor_file import Form, TensorFileWriter, by_alignment, header_bytes
-
-
-def form(tensor: Tensor) -> Form:
-    return Form(tensor.dtype, tuple(tensor.shape))
+from train.checkpoint.tensor_file import TensorFileWriter, by_alignment, header_bytes
 
 
 def tensors() -> dict[str, Tensor]:
@@ -32,9 +28,9 @@ def tensors() -> dict[str, Tensor]:
 
 
 def write(path: Path, values: dict[str, Tensor]) -> TensorFileWriter:
-    forms = {name: form(tensor) for name, tensor in values.items()}
-    with TensorFileWriter(path, forms) as writer:
-        for name in by_alignment(forms):
+    outlines = {name: tensor.to("meta") for name, tensor in values.items()}
+    with TensorFileWriter(path, outlines) as writer:
+        for name in by_alignment(outlines):
             writer.write(values[name])
     return writer
 
@@ -58,9 +54,7 @@ def test_a_tensor_may_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyP
     values = {"b": torch.arange(10.0), "a": torch.arange(7).to(torch.bfloat16)}
     whole = write(tmp_path / "whole", values).facts
     monkeypatch.setattr("train.checkpoint.tensor_file.CHUNK", 3)
-    with TensorFileWriter(
-        tmp_path / "parts", {name: form(value) for name, value in values.items()}
-    ) as writer:
+    with TensorFileWriter(tmp_path / "parts", values) as writer:
         data = values["b"].numpy().tobytes()
         writer.write(data[:9])
         writer.write(memoryview(data)[9:])
@@ -76,12 +70,12 @@ def test_no_tensors_is_a_file(tmp_path: Path) -> None:
 
 def test_a_dtype_that_no_checkpoint_has() -> None:
     with pytest.raises(ValueError, match=r"x is torch.int64; a checkpoint holds torch.float32, "):
-        header_bytes({"x": Form(torch.int64, (1,))})
+        header_bytes({"x": torch.zeros(1, dtype=torch.int64)})
 
 
 def test_less_than_was_said_is_an_error(tmp_path: Path) -> None:
-    path, forms = tmp_path / "short", {"x": Form(torch.float32, (4,))}
-    with pytest.raises(AssertionError, match="bytes of"), TensorFileWriter(path, forms) as writer:
+    path, planned = tmp_path / "short", {"x": torch.zeros(4)}
+    with pytest.raises(AssertionError, match="bytes of"), TensorFileWriter(path, planned) as writer:
         writer.write(torch.zeros(3))
 
 
