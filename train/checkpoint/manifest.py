@@ -1,6 +1,6 @@
 """A checkpoint's manifest, read as a stranger's file: nothing in it is believed before it was checked.
 
-Invariant: a Manifest makes sense in itself: every tensor is covered by its parts, each element once, and
+Invariant: a Manifest makes sense in itself: every tensor is covered by its boxes, each element once, and
 every name stays in the folder. Whether the files are what it says is for train/checkpoint/restore.py.
 """
 
@@ -30,26 +30,26 @@ TOKENIZER = "tokenizer"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """The part of a tensor that one file holds under the tensor's name."""
+class StoredBox:
+    """A box of a tensor as a checkpoint's file holds it, under the tensor's name."""
 
     file: str
     offset: tuple[int, ...]
-    """Global index of its first element."""
+    """Global index of the box's first element."""
     shape: tuple[int, ...]
-    """Its own."""
+    """The box's own shape."""
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class StoredTensor:
     """A tensor of a checkpoint."""
 
     dtype: str | None
-    """safetensors' name; None where the manifest is from before it was kept."""
+    """Dtype by safetensors' name; None in manifests from before it was kept."""
     shape: tuple[int, ...]
-    """Global."""
-    parts: tuple[Place, ...]
-    """Together the whole, nothing twice."""
+    """Global shape."""
+    boxes: tuple[StoredBox, ...]
+    """Boxes that together are the whole tensor, each element once."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Manifest:
     step: int
     files: Mapping[str, FileFacts]
     """By path in the folder."""
-    tensors: Mapping[str, Saved]
+    tensors: Mapping[str, StoredTensor]
     facts: Mapping[str, Any]
     """All else: config, progress, data, ...; JSON without NaN, otherwise as somebody wrote it."""
 
@@ -92,7 +92,7 @@ def read_manifest(folder: Path, *, is_checked: bool = True) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        content = parse_json(_read_text(path))
+        content = _parse_json(_read_text(path))
         if not isinstance(content, dict):
             raise ValueError(f"holds {show(content)}, not an object")
         if content.get("format") != FORMAT:
@@ -104,7 +104,7 @@ def read_manifest(folder: Path, *, is_checked: bool = True) -> Manifest:
             raise ValueError(f"checksum {actual}, expected {show(expected)}")
         files = _files(content, is_checked)
         tensors = {
-            _name(name, "tensor"): _saved(entry, f"tensors[{name}]", files if is_checked else None)
+            _name(name, "tensor"): _stored_tensor(entry, f"tensors[{name}]", files if is_checked else None)
             for name, entry in _object(content.pop("tensors", None), "tensors").items()
         }
         step = _size(content.get("step"), "step")
@@ -117,7 +117,7 @@ def read_manifest(folder: Path, *, is_checked: bool = True) -> Manifest:
     return Manifest(folder, step, files, tensors, content)
 
 
-def parse_json(text: str) -> Any:
+def _parse_json(text: str) -> Any:
     """JSON as the standard has it.
 
     Raises:
@@ -194,7 +194,7 @@ def _files(content: dict[str, Any], is_checked: bool) -> dict[str, FileFacts]:
     return found
 
 
-def _saved(entry: object, where: str, files: Mapping[str, FileFacts] | None) -> Saved:
+def _stored_tensor(entry: object, where: str, files: Mapping[str, FileFacts] | None) -> StoredTensor:
     fields = _object(entry, where)
     dtype, shape = fields.get("dtype"), _sizes(fields.get("shape"), f"{where}.shape")
     if dtype is not None and (not isinstance(dtype, str) or dtype not in DTYPES):
@@ -204,15 +204,17 @@ def _saved(entry: object, where: str, files: Mapping[str, FileFacts] | None) -> 
     given = fields.get("parts")
     if not isinstance(given, list):
         raise ValueError(f"{where}.parts is {show(given)}, not a list")
-    parts = tuple(_place(each, f"{where}.parts[{n}]", shape, files) for n, each in enumerate(given))
-    if len({part.file for part in parts}) != len(parts):
+    boxes = tuple(_stored_box(each, f"{where}.parts[{n}]", shape, files) for n, each in enumerate(given))
+    if len({box.file for box in boxes}) != len(boxes):
         raise ValueError(f"{where}.parts name a file twice")
-    if not _tile(shape, parts):
+    if not _tile(shape, boxes):
         raise ValueError(f"{where}.parts leave a gap in its shape {list(shape)}, or overlap")
-    return Saved(dtype, shape, parts)
+    return StoredTensor(dtype, shape, boxes)
 
 
-def _place(entry: object, where: str, whole: tuple[int, ...], files: Mapping[str, FileFacts] | None) -> Place:
+def _stored_box(
+    entry: object, where: str, whole: tuple[int, ...], files: Mapping[str, FileFacts] | None
+) -> StoredBox:
     fields = _object(entry, where)
     file = fields.get("file")
     if not isinstance(file, str) or not FILE_NAME.fullmatch(file):
@@ -224,21 +226,21 @@ def _place(entry: object, where: str, whole: tuple[int, ...], files: Mapping[str
     fits = len(offset) == len(shape) == len(whole)
     if not fits or any(o + s > w for o, s, w in zip(offset, shape, whole, strict=True)):
         raise ValueError(f"{where} at {list(offset)}, shape {list(shape)}, is not inside {list(whole)}")
-    return Place(file, offset, shape)
+    return StoredBox(file, offset, shape)
 
 
-def _tile(whole: tuple[int, ...], parts: tuple[Place, ...]) -> bool:
-    """Whether the parts cover the whole, each element once.
+def _tile(whole: tuple[int, ...], boxes: tuple[StoredBox, ...]) -> bool:
+    """Whether the boxes cover the whole, each element once.
 
-    How often an element is covered is the sum of the parts' indicator functions; that sum is the whole's
+    How often an element is covered is the sum of the boxes' indicator functions; that sum is the whole's
     own if and only if their mixed differences are the same: the corners, with alternating signs.
     """
-    if len(parts) == 1:
-        return parts[0].shape == whole
+    if len(boxes) == 1:
+        return boxes[0].shape == whole
     corners: Counter[tuple[int, ...]] = Counter()
     for offset, shape, sign in [
         ((0,) * len(whole), whole, 1),
-        *((part.offset, part.shape, -1) for part in parts if math.prod(part.shape)),
+        *((box.offset, box.shape, -1) for box in boxes if math.prod(box.shape)),
     ]:
         ends = zip(offset, shape, strict=True)
         for corner in product(*(((start, 1), (start + size, -1)) for start, size in ends)):

@@ -5,11 +5,9 @@ manifest does not name, and none is read as anything but safetensors.
 """
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -17,8 +15,7 @@ from train.checkpoint.manifest import (
     DTYPES,
     TOKENIZER,
     Manifest,
-    Place,
-    parse_json,
+    StoredBox,
     read_manifest,
     require_file,
     show,
@@ -26,8 +23,7 @@ from train.checkpoint.manifest import (
 from train.checkpoint.storage import MANIFEST, Box, CheckpointError
 
 BLOCK = 2**24
-MAX_HEADER = 10**8
-"""Bytes of a safetensors header, as its own library has it."""
+"""Bytes that are hashed at once."""
 
 
 class Verify(StrEnum):
@@ -56,7 +52,7 @@ def verify(folder: Path, how: Verify = Verify.hash) -> list[str]:
 def strangers(manifest: Manifest) -> list[str]:
     """One line for each thing in the folder that the manifest does not name; hidden files do not count."""
     known = {name.partition("/")[0] for name in manifest.files} | {MANIFEST}
-    known |= {part.file for saved in manifest.tensors.values() for part in saved.parts}
+    known |= {box.file for tensor in manifest.tensors.values() for box in tensor.boxes}
     found = [path for path in manifest.folder.iterdir() if path.name not in known]
     inner = manifest.folder / TOKENIZER
     if TOKENIZER in known and inner.is_dir() and not inner.is_symlink():
@@ -73,24 +69,23 @@ def strangers(manifest: Manifest) -> list[str]:
 
 def check_files(manifest: Manifest, names: Iterable[str], how: Verify) -> Iterator[str]:
     """Check files of a checkpoint in small pieces: yields "" after each, or a line on what is wrong."""
-    held: dict[str, dict[str, tuple[Place, str | None]]] = {}
-    for name, saved in manifest.tensors.items():
-        for part in saved.parts:
-            held.setdefault(part.file, {})[name] = (part, saved.dtype)
+    held: dict[str, dict[str, tuple[StoredBox, str | None]]] = {}
+    for name, tensor in manifest.tensors.items():
+        for stored in tensor.boxes:
+            held.setdefault(stored.file, {})[name] = (stored, tensor.dtype)
     for name in names:
         path, expected = manifest.folder / name, manifest.files[name]
         try:
-            size = require_file(path)
-            if size != expected.size:
+            if (size := require_file(path)) != expected.size:
                 raise ValueError(f"{size} bytes, expected {expected.size}")
             if name.endswith(".safetensors"):
-                _check_header(path, size, held.get(name, {}))
+                _check_header(path, held.get(name, {}))
             if how is Verify.hash:
                 yield from _check_hash(path, expected.sha256)
         except OSError as error:
             yield f"{path}: not readable: {error.strerror}"
-        except RecursionError:
-            yield f"{path}: header: nested too deeply"
+        except SafetensorError as error:
+            yield f"{path}: {show(str(error))[1:-1]}"
         except ValueError as error:
             yield f"{path}: {error}"
 
@@ -105,37 +100,18 @@ def _check_hash(path: Path, expected: str) -> Iterator[str]:
         raise ValueError(f"sha256 {digest.hexdigest()}, expected {expected}")
 
 
-def _check_header(path: Path, size: int, held: Mapping[str, tuple[Place, str | None]]) -> None:
-    """Refuse a file whose header does not hold exactly these tensors, one after the other to its end."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(MAX_HEADER, size - 8):
-            raise ValueError(f"header of {length} bytes in a file of {size}")
-        header = parse_json(file.read(length).decode())
-    if not isinstance(header, dict):
-        raise ValueError(f"header is {show(header)}, not an object")
-    header.pop("__metadata__", None)
-    if header.keys() != held.keys():
-        one = min(header.keys() ^ held.keys())
+def _check_header(path: Path, held: Mapping[str, tuple[StoredBox, str | None]]) -> None:
+    """Refuse a file that does not hold exactly these tensors; that they fill it is seen by safetensors."""
+    with safe_open(path, framework="pt") as file:
+        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    if found.keys() != held.keys():
+        one = min(found.keys() ^ held.keys())
         raise ValueError(f"header {'lacks' if one in held else 'has also'} tensor {show(one)}")
-    spans = []
-    for name, (part, dtype) in held.items():
-        entry = header[name]
-        found = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else (None, None)
-        if found[0] not in ([dtype] if dtype else list(DTYPES)) or found[1] != list(part.shape):
-            expected = f"{dtype or '/'.join(DTYPES)} {list(part.shape)}"
-            raise ValueError(f"header: {name} is {show(found)}, expected {expected}")
-        span = entry.get("data_offsets")
-        if not isinstance(span, list) or [type(at) for at in span] != [int, int]:
-            raise ValueError(f"header: {name} has data_offsets {show(span)}")
-        spans.append((*span, DTYPES[found[0]] * math.prod(part.shape), name))
-    at = 0
-    for begin, end, count, name in sorted(spans):
-        if (begin, end) != (at, at + count):
-            raise ValueError(f"header: {name} has data_offsets {begin}, {end}, expected {at}, {at + count}")
-        at = end
-    if at != size - 8 - length:
-        raise ValueError(f"header: tensors of {at} bytes, {size - 8 - length} are there")
+    for name, (stored, dtype) in held.items():
+        given = (found[name].get_dtype(), found[name].get_shape())
+        if given[0] not in ([dtype] if dtype else DTYPES) or given[1] != list(stored.shape):
+            expected = f"{dtype or '/'.join(DTYPES)} {list(stored.shape)}"
+            raise ValueError(f"header: {name} is {show(given)}, expected {expected}")
 
 
 def read_boxes(manifest: Manifest, boxes: Mapping[str, Box]) -> None:
@@ -144,50 +120,50 @@ def read_boxes(manifest: Manifest, boxes: Mapping[str, Box]) -> None:
     Raises:
         CheckpointError: a tensor is missing, has another shape, or a file is not what the manifest says.
     """
-    wanted: dict[str, list[tuple[str, Place]]] = {}
+    wanted: dict[str, list[tuple[str, StoredBox]]] = {}
     for name, box in boxes.items():
-        saved = manifest.tensors.get(name)
-        if saved is None:
+        tensor = manifest.tensors.get(name)
+        if tensor is None:
             raise CheckpointError(f"{manifest.folder}: has no tensor {name}")
-        if saved.shape != box.shape:
+        if tensor.shape != box.shape:
             raise CheckpointError(
-                f"{manifest.folder}: {name} has shape {list(saved.shape)}, the model {list(box.shape)}"
+                f"{manifest.folder}: {name} has shape {list(tensor.shape)}, the model {list(box.shape)}"
             )
-        for part in saved.parts:
-            if box.tensor.numel() and _overlap(part, box) is not None:
-                wanted.setdefault(part.file, []).append((name, part))
-    for file, parts in wanted.items():
+        for stored in tensor.boxes:
+            if box.tensor.numel() and _overlap(stored, box) is not None:
+                wanted.setdefault(stored.file, []).append((name, stored))
+    for file, needed in wanted.items():
         path = manifest.folder / file
         try:
             require_file(path)
             with safe_open(path, framework="pt") as opened:
-                for name, part in parts:
-                    _copy(opened, name, part, boxes[name])
+                for name, stored in needed:
+                    _copy(opened, name, stored, boxes[name])
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path}: not readable: {error}") from error
 
 
-def _overlap(part: Place, box: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """What a part and a box share, as indices of each; None = nothing."""
+def _overlap(stored: StoredBox, box: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Find what two boxes share, as indices of each; None = nothing."""
     source, target = [], []
-    for p_offset, p_size, offset, size in zip(
-        part.offset, part.shape, box.offset, box.tensor.shape, strict=True
+    for s_offset, s_size, offset, size in zip(
+        stored.offset, stored.shape, box.offset, box.tensor.shape, strict=True
     ):
-        low, high = max(p_offset, offset), min(p_offset + p_size, offset + size)
+        low, high = max(s_offset, offset), min(s_offset + s_size, offset + size)
         if low >= high:
             return None
-        source.append(slice(low - p_offset, high - p_offset))
+        source.append(slice(low - s_offset, high - s_offset))
         target.append(slice(low - offset, high - offset))
     return tuple(source), tuple(target)
 
 
-def _copy(opened: Any, name: str, part: Place, box: Box) -> None:
-    """Copy what an open file's part and the box share."""
+def _copy(opened: safe_open, name: str, stored: StoredBox, box: Box) -> None:
+    """Copy what an open file's box and the other one share."""
     values = opened.get_slice(name)
-    if tuple(values.get_shape()) != part.shape or values.get_dtype() not in DTYPES:
+    if tuple(values.get_shape()) != stored.shape or values.get_dtype() not in DTYPES:
         found = f"{values.get_dtype()} {values.get_shape()}"
-        raise ValueError(f"{name} is {found}, expected {list(part.shape)}")
-    shared = _overlap(part, box)
+        raise ValueError(f"{name} is {found}, expected {list(stored.shape)}")
+    shared = _overlap(stored, box)
     assert shared is not None
     source, target = shared
     box.tensor[target] = (values[source] if source else opened.get_tensor(name)).to(box.tensor.device)

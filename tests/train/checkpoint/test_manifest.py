@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from train.checkpoint.manifest import MAX_BYTES, Manifest, Place, _tile, read_manifest
+from train.checkpoint.manifest import MAX_BYTES, Manifest, StoredBox, _tile, read_manifest
 from train.checkpoint.restore import Verify, read_boxes, verify
 from train.checkpoint.storage import Box, CheckpointError, checksum, commit, write_shard
 
@@ -172,7 +172,7 @@ def test_tiles() -> None:
         is_tiled = bool((counts == 1).all())
         if len(boxes) == 1:  # must be the whole, even where it is empty
             is_tiled = boxes[0][1] == whole
-        assert _tile(whole, tuple(Place("", *box) for box in boxes)) == is_tiled, (whole, boxes)
+        assert _tile(whole, tuple(StoredBox("", *box) for box in boxes)) == is_tiled, (whole, boxes)
         found[is_tiled] += 1
     assert min(found.values()) > 500
 
@@ -309,7 +309,8 @@ def test_bytes_that_belong_to_no_tensor_are_refused(tmp_path: Path) -> None:
     content["files"][path.name]["size"] += 4
     write(folder, content)
     (problem,) = verify(folder, Verify.size)
-    assert problem == f"{path}: header: tensors of 52 bytes, 56 are there"
+    assert problem.startswith(f"{path}: Error while deserializing header: ")
+    assert "file not fully covered" in problem
 
 
 def test_a_pickle_in_the_folder_is_named_and_never_run(tmp_path: Path) -> None:
@@ -329,7 +330,7 @@ def test_a_pickle_in_the_folder_is_named_and_never_run(tmp_path: Path) -> None:
     content["files"]["rank-00000.safetensors"]["size"] = len(evil)
     write(folder, content)
     (problem,) = verify(folder)
-    assert "header of" in problem
+    assert "header too large" in problem
     with pytest.raises(CheckpointError, match="not readable"):
         read_all(folder)
     assert not mark.exists()
