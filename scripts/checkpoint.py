@@ -9,9 +9,10 @@ import argparse
 import math
 from collections import Counter
 
-from train.checkpoint.manifest import DTYPES, read_manifest, show
+from train.checkpoint.manifest import read_manifest, show
 from train.checkpoint.restore import verify
 from train.checkpoint.storage import MANIFEST, CheckpointError, find_checkpoints
+from train.checkpoint.tensor_file import DTYPES
 
 
 def main() -> int:
@@ -40,9 +41,9 @@ def inspect(folder: Path) -> int:
         if key in manifest.facts:
             print(f"{key:<12}{show(manifest.facts[key])}")
     counts: Counter[str] = Counter()
-    for name, saved in manifest.tensors.items():
-        kind = f"{name.partition('.')[0]} {saved.dtype or ''}".strip()
-        counts[kind] += math.prod(saved.shape) * DTYPES.get(saved.dtype or "F32", 4)
+    for name, tensor in manifest.tensors.items():
+        kind = f"{name.partition('.')[0]} {tensor.dtype or ''}".strip()
+        counts[kind] += math.prod(tensor.shape) * DTYPES[tensor.dtype or "F32"].itemsize
     print(f"{'tensors':<12}{len(manifest.tensors)}")
     for kind, size in counts.items():
         print(f"  {kind:<16}{size:>18,} bytes")

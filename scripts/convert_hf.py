@@ -13,18 +13,20 @@ import argparse
 import json
 import math
 import shutil
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 
 import torch
+from rich.console import Console
+from rich.progress import track
 
 from model.config import ModelConfig
 from scripts.hf.config import ConversionError, Layout, read_config, write_config
-from scripts.hf.names import BUFFERS, Piece, pieces
-from scripts.hf.tensors import CHUNK, DTYPES, INDEX, Stored, find_tensors, read_json
+from scripts.hf.names import BUFFERS, HfTensor, hf_tensors
+from scripts.hf.tensors import CHUNK, INDEX, SourceTensor, find_tensors, read_json
 from scripts.hf.tokenizer import copy_tokenizer, export_tokenizer
 from train.checkpoint.load_model import model_config, open_checkpoint
 from train.checkpoint.manifest import Manifest
@@ -33,13 +35,14 @@ from train.checkpoint.storage import (
     MANIFEST,
     Box,
     CheckpointError,
+    ManifestPart,
     commit,
     file_name,
     free_bytes,
     manifest_part,
     no_room,
 )
-from train.checkpoint.tensor_file import CODES, TensorFileWriter, by_alignment
+from train.checkpoint.tensor_file import CODES, DTYPES, TensorFileWriter, by_alignment
 
 NAMED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -98,49 +101,43 @@ def import_model(hf: Path, output: Path, *, shard_bytes: int) -> None:
     warn(found.warnings)
     stored = find_tensors(hf)
     check_tensors(hf, stored, found.model)
-    parameters: dict[str, list[Piece]] = {}
-    for parameter, parts in groupby(pieces(found.model), lambda piece: piece.parameter):
-        parameters[f"model.{parameter}"] = list(parts)
-    dtypes = {name: stored[parts[0].name].dtype for name, parts in parameters.items()}
-    sizes = {name: sum(stored[part.name].size for part in parts) for name, parts in parameters.items()}
-    with new_folder(output, sum(sizes.values())) as folder:
-        progress, files = Progress(sum(sizes.values())), []
-        for number, names in enumerate(shards(sizes, shard_bytes)):
-            tensors = {name: outline(global_shape(parameters[name]), dtypes[name]) for name in names}
-            path = folder / file_name(number)
-            with TensorFileWriter(path, tensors) as writer:
-                for name in by_alignment(tensors):
-                    for part in parameters[name]:
-                        for chunk in stored[part.name].chunks():
-                            writer.write(chunk)
-            boxes = {name: Box.whole(tensor) for name, tensor in tensors.items()}
-            files.append(manifest_part(path.name, writer.facts, boxes))
-            progress.wrote(path.name, len(names), writer.size)
+    sources: dict[str, list[HfTensor]] = {}
+    for parameter, theirs in groupby(hf_tensors(found.model), lambda tensor: tensor.parameter):
+        sources[f"model.{parameter}"] = list(theirs)
+    plan = {name: outline(whole_shape(parts), stored[parts[0].name].dtype) for name, parts in sources.items()}
+
+    def read(name: str) -> Iterator[bytes]:
+        for part in sources[name]:
+            yield from stored[part.name].chunks()
+
+    with new_folder(output, total_bytes(plan)) as folder:
+        files = {file_name(n): tensors for n, tensors in enumerate(split(plan, shard_bytes))}
+        parts = write_files(folder, files, read)
         facts = {
             "step": 0,
             "kind": "weights",
             "config": {"model": asdict(found.model)},
-            "source_dtypes": {name: CODES[dtype] for name, dtype in dtypes.items()},
+            "source_dtypes": {name: CODES[tensor.dtype] for name, tensor in plan.items()},
             "hf_config": found.carried,
             "tokenizer": copy_tokenizer(hf, folder / "tokenizer"),
         }
-        commit(folder, output, files, facts)
+        commit(folder, output, parts, facts)
 
 
-def check_tensors(hf: Path, stored: Mapping[str, Stored], cfg: ModelConfig) -> None:
-    """The files hold the model's tensors, all of them, and no other.
+def check_tensors(hf: Path, stored: Mapping[str, SourceTensor], cfg: ModelConfig) -> None:
+    """Refuse files that do not hold the model's tensors, all of them and no other.
 
     Raises:
         ConversionError: one is missing, unknown, or of another shape or dtype than its neighbours.
     """
-    expected = {piece.name: piece for piece in pieces(cfg)}
-    for name, piece in expected.items():
+    expected = {tensor.name: tensor for tensor in hf_tensors(cfg)}
+    for name, tensor in expected.items():
         if name not in stored:
             raise ConversionError(f"{hf}: has no tensor {name}, which config.json asks for; copy all files")
-        if stored[name].shape != piece.shape:
+        if stored[name].shape != tensor.shape:
             raise ConversionError(
                 f"{stored[name].path}: {name} has shape {list(stored[name].shape)}, by config.json it is "
-                f"{list(piece.shape)}"
+                f"{list(tensor.shape)}"
             )
     extra = [name for name in stored if name not in expected and not BUFFERS.fullmatch(name)]
     if extra:
@@ -148,7 +145,7 @@ def check_tensors(hf: Path, stored: Mapping[str, Stored], cfg: ModelConfig) -> N
             f"{stored[extra[0]].path}: {extra[0]} (one of {len(extra)}) is no tensor of the model that "
             "config.json describes; it would be lost"
         )
-    for parameter, parts in groupby(expected.values(), lambda piece: piece.parameter):
+    for parameter, parts in groupby(expected.values(), lambda tensor: tensor.parameter):
         if len(dtypes := {stored[part.name].dtype for part in parts}) > 1:
             raise ConversionError(f"{hf}: the matrices of {parameter} have several dtypes: {dtypes}")
 
@@ -168,31 +165,26 @@ def export_model(
         ConversionError: the layout cannot express the model, or output is there already.
         CheckpointError: the checkpoint is not as it was written.
     """
-    source = open_checkpoint(checkpoint)
-    manifest, cfg = source.manifest, model_config(source)
-    if problems := verify(source.folder):
+    manifest = open_checkpoint(checkpoint)
+    cfg = model_config(manifest)
+    if problems := verify(manifest.folder):
         raise CheckpointError(problems[0])
     check_biases(manifest)
-    plan = {piece.name: piece for piece in pieces(cfg)}
-    dtypes = piece_dtypes(manifest, plan.values(), layout=layout, dtype=dtype)
-    sizes = {name: math.prod(piece.shape) * dtypes[name].itemsize for name, piece in plan.items()}
+    theirs = {tensor.name: tensor for tensor in hf_tensors(cfg)}
+    dtypes = export_dtypes(manifest, theirs.values(), layout=layout, dtype=dtype)
+    plan = {name: outline(tensor.shape, dtypes[name]) for name, tensor in theirs.items()}
     usual = dtypes["model.embed_tokens.weight"]
-    with new_folder(output, sum(sizes.values())) as folder:
+    groups = list(split(plan, shard_bytes))
+    files = {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, 1)}
+    with new_folder(output, total_bytes(plan)) as folder:
         carried, warnings = export_tokenizer(manifest, folder, tokenizer)
         text, more = write_config(cfg, layout, dtype=str(usual).removeprefix("torch."), carried=carried)
         (folder / "config.json").write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
-        progress, weight_map = Progress(sum(sizes.values())), dict[str, str]()
-        groups = list(shards(sizes, shard_bytes))
-        for number, names in enumerate(groups, start=1):
-            path = folder / f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-            tensors = {name: outline(plan[name].shape, dtypes[name]) for name in names}
-            with TensorFileWriter(path, tensors, {"format": "pt"}) as writer:
-                for name in by_alignment(tensors):
-                    for rows in read_piece(manifest, plan[name], dtypes[name]):
-                        writer.write(rows)
-            weight_map |= dict.fromkeys(names, path.name)
-            progress.wrote(path.name, len(names), writer.size)
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_files(
+            folder, files, lambda name: read_rows(manifest, theirs[name], dtypes[name]), {"format": "pt"}
+        )
+        weight_map = {name: file for file, tensors in files.items() for name in tensors}
+        index = {"metadata": {"total_size": total_bytes(plan)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(card(output.name, layout, manifest.step, more), encoding="utf-8")
         folder.rename(output)
@@ -219,18 +211,18 @@ def check_biases(manifest: Manifest) -> None:
                 )
 
 
-def piece_dtypes(
-    manifest: Manifest, plan: Iterable[Piece], *, layout: Layout, dtype: torch.dtype | None
+def export_dtypes(
+    manifest: Manifest, theirs: Iterable[HfTensor], *, layout: Layout, dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
-    """What each tensor is written as: `dtype`, or what it was imported as, or what it is saved as."""
+    """Choose each tensor's dtype: the one given, else that of the import, else that of the checkpoint."""
     recorded = manifest.part("source_dtypes") if "source_dtypes" in manifest.facts else {}
     found: dict[str, torch.dtype] = {}
-    for parameter, parts in groupby(plan, lambda piece: piece.parameter):
+    for parameter, parts in groupby(theirs, lambda tensor: tensor.parameter):
         name = f"model.{parameter}"
         own = _dtype(manifest, name, recorded.get(name))
-        for piece in parts:
-            wide = piece.is_gate and layout is Layout.text01
-            found[piece.name] = own if dtype is None else torch.float32 if wide else dtype
+        for part in parts:
+            wide = part.is_gate and layout is Layout.text01
+            found[part.name] = own if dtype is None else torch.float32 if wide else dtype
     return found
 
 
@@ -244,14 +236,14 @@ def _dtype(manifest: Manifest, name: str, recorded: str | None) -> torch.dtype:
     return DTYPES[saved]
 
 
-def read_piece(manifest: Manifest, piece: Piece, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """A tensor as `dtype`, some rows at a time."""
-    name, lead, ends = f"model.{piece.parameter}", (1,) * len(piece.place), (0,) * (len(piece.shape) - 1)
+def read_rows(manifest: Manifest, wanted: HfTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Read a tensor as `dtype`, some rows at a time."""
+    name, lead, ends = f"model.{wanted.parameter}", (1,) * len(wanted.place), (0,) * (len(wanted.shape) - 1)
     shape = manifest.tensors[name].shape
-    at_once = max(1, CHUNK // (4 * math.prod(piece.shape[1:])))
-    for first in range(0, piece.shape[0], at_once):
-        rows = torch.empty(*lead, min(at_once, piece.shape[0] - first), *piece.shape[1:], dtype=dtype)
-        read_boxes(manifest, {name: Box(rows, shape, (*piece.place, first, *ends))})
+    at_once = max(1, CHUNK // (4 * math.prod(wanted.shape[1:])))
+    for first in range(0, wanted.shape[0], at_once):
+        rows = torch.empty(*lead, min(at_once, wanted.shape[0] - first), *wanted.shape[1:], dtype=dtype)
+        read_boxes(manifest, {name: Box(rows, shape, (*wanted.place, first, *ends))})
         yield rows
 
 
@@ -260,21 +252,24 @@ def outline(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def global_shape(parts: Sequence[Piece]) -> tuple[int, ...]:
-    """Shape of the parameter that these are all the pieces of."""
+def whole_shape(parts: Sequence[HfTensor]) -> tuple[int, ...]:
+    """Give the shape of the parameter that these tensors make up, the last one last."""
     return (*(i + 1 for i in parts[-1].place), *parts[-1].shape)
 
 
-def shards(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
-    """Names in order, in groups of at most `limit` bytes or a single one."""
-    group: list[str] = []
-    held = 0
-    for name, size in sizes.items():
-        if group and held + size > limit:
+def total_bytes(plan: Mapping[str, torch.Tensor]) -> int:
+    """Sum what tensors take."""
+    return sum(tensor.nbytes for tensor in plan.values())
+
+
+def split(plan: Mapping[str, torch.Tensor], limit: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Cut a plan, in its order, into groups of at most `limit` bytes or of a single tensor."""
+    group: dict[str, torch.Tensor] = {}
+    for name, tensor in plan.items():
+        if group and total_bytes(group) + tensor.nbytes > limit:
             yield group
-            group, held = [], 0
-        group.append(name)
-        held += size
+            group = {}
+        group[name] = tensor
     yield group
 
 
@@ -301,18 +296,34 @@ def new_folder(output: Path, size: int) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class Progress:
-    """A line a file on stderr."""
+def write_files(
+    folder: Path,
+    files: Mapping[str, Mapping[str, torch.Tensor]],
+    read: Callable[[str], Iterable[torch.Tensor | bytes]],
+    metadata: Mapping[str, str] | None = None,
+) -> list[ManifestPart]:
+    """Write files of whole tensors, with progress on stderr.
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.started = total, 0, time.monotonic()
+    Args:
+        folder: where the files are made.
+        files: outlines of the tensors of each file, by name.
+        read: gives the values of the tensor with this name, piece by piece.
+        metadata: free texts for the headers.
 
-    def wrote(self, name: str, tensors: int, size: int) -> None:
-        """Say that a file is complete."""
-        self.done += size
-        share = min(1.0, self.done / self.total)
-        speed = self.done / 1e6 / max(1e-3, time.monotonic() - self.started)
-        print(f"{name}: {tensors} tensors, {size:,} bytes; {share:.0%}, {speed:.0f} MB/s", file=sys.stderr)
+    Returns:
+        What a manifest has to say about each file.
+    """
+    parts, console = [], Console(stderr=True)
+    bar = partial(track, console=console, transient=True, disable=not console.is_terminal)
+    for file, tensors in bar(files.items(), "Writing"):
+        with TensorFileWriter(folder / file, tensors, metadata) as writer:
+            for name in by_alignment(tensors):
+                for values in read(name):
+                    writer.write(values)
+        boxes = {name: Box.whole(tensor) for name, tensor in tensors.items()}
+        parts.append(manifest_part(file, writer.facts, boxes))
+        print(f"{file}: {len(tensors)} tensors, {writer.size:,} bytes", file=sys.stderr)
+    return parts
 
 
 def warn(texts: Sequence[str]) -> None:

@@ -27,13 +27,13 @@ from scripts.needles import KEYS, SENTENCES, encoder, make_task
 from scripts.reporting.charts import SCRIPT, STYLE, Series, line_chart, lone_svg, share_map
 from train.checkpoint.load_model import (
     DTYPES,
-    Checkpoint,
     choose_device,
     choose_dtype,
     find_tokenizer,
     load_model,
     open_checkpoint,
 )
+from train.checkpoint.manifest import Manifest
 from train.checkpoint.storage import CheckpointError
 
 REACH = (0.25, 0.5, 1, 2, 4)
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def default_lengths(checkpoint: Checkpoint) -> list[int]:
+def default_lengths(checkpoint: Manifest) -> list[int]:
     """Around the length that the model was trained at."""
     row = trained_length(checkpoint)
     if row is None:
@@ -123,19 +123,19 @@ def default_lengths(checkpoint: Checkpoint) -> list[int]:
     return [max(2, int(reach * row)) for reach in REACH]
 
 
-def trained_length(checkpoint: Checkpoint) -> int | None:
+def trained_length(checkpoint: Manifest) -> int | None:
     """Tokens of a training row; None for a model that was imported."""
     return (checkpoint.config.get("batch") or {}).get("row_tokens")
 
 
-def output_folder(checkpoint: Checkpoint) -> Path:
+def output_folder(checkpoint: Manifest) -> Path:
     """The run directory around the checkpoint, else the working directory."""
     parent = checkpoint.folder.resolve().parent
     return parent.parent if parent.name == "checkpoints" else Path()
 
 
 def niah(
-    model: Transformer, checkpoint: Checkpoint, lengths: list[int], args: argparse.Namespace
+    model: Transformer, checkpoint: Manifest, lengths: list[int], args: argparse.Namespace
 ) -> tuple[str, dict[str, Any]]:
     """Ask for a fact at each depth and length; right is an answer that has all its tokens."""
     encode = encoder(find_tokenizer(checkpoint, args.tokenizer))
@@ -189,7 +189,7 @@ def read_sentences(file: Path) -> list[str]:
 
 
 def perplexity(
-    model: Transformer, checkpoint: Checkpoint, lengths: list[int], args: argparse.Namespace
+    model: Transformer, checkpoint: Manifest, lengths: list[int], args: argparse.Namespace
 ) -> tuple[str, dict[str, Any]]:
     """Of whole texts of each length, and of their last tokens: those behind the length before."""
     texts = read_texts(checkpoint, args.data, lengths[-1] + 1, args.documents)
@@ -226,7 +226,7 @@ def perplexity(
     }
 
 
-def read_texts(checkpoint: Checkpoint, prefix: str | None, tokens: int, count: int) -> np.ndarray:
+def read_texts(checkpoint: Manifest, prefix: str | None, tokens: int, count: int) -> np.ndarray:
     """[documents, tokens] first tokens of documents that have so many.
 
     Raises:
@@ -260,7 +260,7 @@ def read_texts(checkpoint: Checkpoint, prefix: str | None, tokens: int, count: i
     return texts
 
 
-def facts(checkpoint: Checkpoint, lengths: list[int]) -> dict[str, Any]:
+def facts(checkpoint: Manifest, lengths: list[int]) -> dict[str, Any]:
     """What all results say."""
     return {
         "checkpoint": str(checkpoint.folder),

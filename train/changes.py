@@ -54,7 +54,7 @@ def judge_changes(
         ConfigError: the model, or without being allowed optimizer or data; the same on every rank.
     """
     last = stage_of(stages, max(0, manifest.step - 1))  # the one whose configuration was saved
-    found = compare(manifest.part("config"), json.loads(json.dumps(asdict(last.cfg))), begun=last.number)
+    found = compare(manifest.config, json.loads(json.dumps(asdict(last.cfg))), begun=last.number)
     for difference in found[:LINES]:
         log.info("changed since %s: %s", manifest.folder.name, difference)
     rows = last.cfg.pool_rows(world_size)

@@ -13,16 +13,17 @@ BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.(slope_rate|query_decay|ke
 """What `save_pretrained` also writes and a model computes from its config: never read, never written."""
 
 
-class Piece(NamedTuple):
+class HfTensor(NamedTuple):
     """A tensor of a Hugging Face checkpoint: a parameter of ours, or one matrix of a stacked one."""
 
     name: str
-    """In the Hugging Face files."""
+    """Name in the Hugging Face files."""
     parameter: str
-    """Ours."""
+    """Name of our parameter."""
     place: tuple[int, ...]
-    """Which one in the parameter's first dims; () = all of it."""
+    """Index in the parameter's first dims; () = all of it."""
     shape: tuple[int, ...]
+    """Shape in the Hugging Face files."""
 
     @property
     def is_gate(self) -> bool:
@@ -30,19 +31,19 @@ class Piece(NamedTuple):
         return self.name.endswith(".block_sparse_moe.gate.weight")
 
 
-def pieces(cfg: ModelConfig) -> Iterator[Piece]:
-    """All tensors of a model; those of one parameter follow each other in the order of its memory."""
+def hf_tensors(cfg: ModelConfig) -> Iterator[HfTensor]:
+    """List all tensors of a model; those of one parameter follow each other in the order of its memory."""
     table = (cfg.vocab_size, cfg.hidden_size)
-    yield Piece("model.embed_tokens.weight", "embed.weight", (), table)
+    yield HfTensor("model.embed_tokens.weight", "embed.weight", (), table)
     for layer, kind in enumerate(cfg.layers):
         for theirs, parameter, place, shape in _layer(cfg, kind):
-            yield Piece(f"model.layers.{layer}.{theirs}", f"blocks.{layer}.{parameter}", place, shape)
-    yield Piece("model.norm.weight", "norm.weight", (), (cfg.hidden_size,))
-    yield Piece("lm_head.weight", "head.weight", (), table)
+            yield HfTensor(f"model.layers.{layer}.{theirs}", f"blocks.{layer}.{parameter}", place, shape)
+    yield HfTensor("model.norm.weight", "norm.weight", (), (cfg.hidden_size,))
+    yield HfTensor("lm_head.weight", "head.weight", (), table)
 
 
 def _layer(cfg: ModelConfig, kind: LayerType) -> Iterator[tuple[str, str, tuple[int, ...], tuple[int, ...]]]:
-    """(their name, our name, place, shape) of a layer's tensors."""
+    """List a layer's tensors as (their name, our name, place, shape)."""
     hidden, width = cfg.hidden_size, cfg.num_heads * cfg.head_dim
     yield "input_layernorm.weight", "mixer_norm.weight", (), (hidden,)
     if kind is LayerType.lightning:

@@ -10,47 +10,45 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from scripts.hf.config import ConversionError
-from train.checkpoint.tensor_file import CODES
+from train.checkpoint.tensor_file import DTYPES
 
 CHUNK = 2**22
-"""Bytes held at once."""
-DTYPES = {code: dtype for dtype, code in CODES.items()}
+"""Bytes of a tensor that are held at once."""
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
-class Stored:
+class SourceTensor:
     """Where the bytes of a tensor are."""
 
     path: Path
+    """File that holds it."""
     dtype: torch.dtype
+    """Dtype in the file."""
     shape: tuple[int, ...]
+    """Shape in the file."""
     start: int
-    """First byte in the file."""
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    """Offset of the first byte in the file."""
 
     def chunks(self) -> Iterator[bytes]:
-        """All bytes, in order.
+        """Read all bytes, in order, at most `CHUNK` at a time.
 
         Raises:
             ConversionError: the file ends before.
         """
+        size = math.prod(self.shape) * self.dtype.itemsize
         with self.path.open("rb") as file:
             file.seek(self.start)
-            for first in range(0, self.size, CHUNK):
-                wanted = min(CHUNK, self.size - first)
+            for first in range(0, size, CHUNK):
+                wanted = min(CHUNK, size - first)
                 data = file.read(wanted)
                 if len(data) < wanted:
                     raise ConversionError(f"{self.path}: ends too early; copy the file again")
                 yield data
 
 
-def find_tensors(folder: Path) -> dict[str, Stored]:
+def find_tensors(folder: Path) -> dict[str, SourceTensor]:
     """Every tensor of a Hugging Face folder by name; only headers are read.
 
     Raises:
@@ -67,7 +65,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ConversionError(f"{index}: has no weight_map; take the index from where the model came from")
-    files: dict[str, dict[str, Stored]] = {}
+    files: dict[str, dict[str, SourceTensor]] = {}
     for name in places.values():
         if not isinstance(name, str) or not name.strip(".") or Path(name).name != name:
             raise ConversionError(f"{index}: names {name!r}, which is not a file beside it")
@@ -87,7 +85,7 @@ def find_tensors(folder: Path) -> dict[str, Stored]:
     return found
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path) -> dict[str, SourceTensor]:
     """Every tensor of a file.
 
     Raises:
@@ -107,7 +105,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         name, dtype = next(iter(unknown.items()))
         raise ConversionError(f"{path}: {name} is {dtype}; only {', '.join(DTYPES)} are read")
     return {
-        name: Stored(
+        name: SourceTensor(
             path, DTYPES[facts["dtype"]], tuple(facts["shape"]), 8 + length + facts["data_offsets"][0]
         )
         for name, facts in header.items()

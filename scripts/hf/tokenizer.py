@@ -40,7 +40,7 @@ def export_tokenizer(
     Raises:
         ConversionError: `given` is no tokenizer, or a file of the checkpoint is not as it was written.
     """
-    source, config = manifest.folder, manifest.part("config")
+    source, config = manifest.folder, manifest.config
     carried = dict(manifest.part("hf_config")) if "hf_config" in manifest.facts else {}
     if "batch" in config:
         carried.setdefault("max_position_embeddings", config["batch"]["row_tokens"])

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from scripts.convert_hf import Progress
 from scripts.hf.config import Layout
 from tests.scripts.test_convert_hf import (
     convert,
@@ -22,6 +21,7 @@ from tests.scripts.test_convert_hf import (
     same_bytes,
     write_folder,
 )
+from train.checkpoint.tensor_file import TensorFileWriter
 
 
 @pytest.mark.parametrize(
@@ -135,13 +135,17 @@ def test_a_full_disk_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "hf"]
 
 
-def test_a_killed_export_looks_like_none_and_the_next_one_works(tmp_path: Path) -> None:
+def test_a_killed_export_looks_like_none_and_the_next_one_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tensors = write_folder(tmp_path / "hf", random_config(1), Layout.transformers, torch.float32)
     assert convert("import", "--hf", tmp_path / "hf", "--output", tmp_path / "c") == 0
     export = ["export", "--checkpoint", tmp_path / "c", "--output", tmp_path / "out", "--shard-bytes", 9000]
     child = os.fork()
     if child == 0:  # dies when the first file is complete
-        Progress.wrote = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+        monkeypatch.setattr(
+            TensorFileWriter, "facts", property(lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        )
         os._exit(convert(*export))
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-out", "c", "hf"]

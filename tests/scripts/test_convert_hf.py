@@ -24,7 +24,7 @@ from model.config import LayerType, ModelConfig, SlopeRule
 from parallel.mesh import one_process
 from scripts.convert_hf import main
 from scripts.hf.config import Layout, write_config
-from scripts.hf.names import BUFFERS, pieces
+from scripts.hf.names import BUFFERS, hf_tensors
 from tests.model.test_transformers_parity import make_config, make_pair, one_document
 from tests.support.clone import ROOT
 from tests.train.test_config import composed
@@ -65,7 +65,7 @@ def write_folder(
     """A Hugging Face folder with random weights, gates in fp32 in text01; the tensors."""
     draw = torch.Generator().manual_seed(len(folder.name))
     tensors = {}
-    for piece in pieces(cfg):
+    for piece in hf_tensors(cfg):
         kept = torch.float32 if piece.is_gate and layout is Layout.text01 else dtype
         tensors[piece.name] = torch.randn(piece.shape, generator=draw).to(kept)
     folder.mkdir(parents=True)
@@ -126,7 +126,7 @@ def test_import_and_export_give_back_every_byte(
     assert {tensor.dtype for tensor in read_folder(tmp_path / "fp32").values()} == {torch.float32}
     assert convert("export", *where[:3], tmp_path / "bf16", *where[4:], "--dtype", "bf16") == 0
     wide = {n for n, t in read_folder(tmp_path / "bf16").items() if t.dtype == torch.float32}
-    gates = {piece.name for piece in pieces(cfg) if piece.is_gate}
+    gates = {piece.name for piece in hf_tensors(cfg) if piece.is_gate}
     assert wide == (gates if layout is Layout.text01 else set())
 
 
@@ -139,7 +139,7 @@ def test_transformers_models_come_and_go(
     _, theirs = make_pair(cfg, seed=number)
     theirs.save_pretrained(tmp_path / "hf")
     with safe_open(tmp_path / "hf/model.safetensors", framework="pt") as file:
-        extra = set(file.keys()) - {piece.name for piece in pieces(cfg)}
+        extra = set(file.keys()) - {piece.name for piece in hf_tensors(cfg)}
     assert all(BUFFERS.fullmatch(name) for name in extra)
     assert convert("import", "--hf", tmp_path / "hf", "--output", tmp_path / "c") == 0
     assert convert("export", "--checkpoint", tmp_path / "c", "--output", tmp_path / "back") == 0

@@ -16,7 +16,7 @@ from data.tokenizer import load_tokenizer
 from scripts.evaluate import main, read_texts
 from scripts.needles import SENTENCES, encoder, make_document, make_task
 from scripts.needles import main as write_needles
-from train.checkpoint.load_model import Checkpoint, load_model, open_checkpoint
+from train.checkpoint.load_model import load_model, open_checkpoint
 from train.checkpoint.manifest import Manifest
 
 
@@ -188,7 +188,7 @@ def test_held_out_documents_are_not_those_of_the_training(needles: Path) -> None
         "model": {"vocab_size": 128},
         "data": {"sources": [{"path": str(needles)}], "eval_fraction": 0.1},
     }
-    checkpoint = Checkpoint(needles, Manifest(needles, 0, {}, {}, {"config": config}))
+    checkpoint = Manifest(needles, 0, {}, {}, {"config": config})
     texts = read_texts(checkpoint, None, 24, 999)
     dataset = TokenDataset(needles)
     training = split_documents(dataset.document_lengths, split="train", eval_fraction=0.1)

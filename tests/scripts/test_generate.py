@@ -16,7 +16,7 @@ from data.dataset import TokenDataset
 from data.loader import Loader, Shape
 from scripts.generate import main
 from tests.train.test_pretrain import lines
-from train.checkpoint.load_model import Checkpoint, end_token, find_tokenizer, load_model, open_checkpoint
+from train.checkpoint.load_model import end_token, find_tokenizer, load_model, open_checkpoint
 from train.checkpoint.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,11 +115,11 @@ def test_the_end_of_a_document_is_the_one_of_the_data(trained: Path, needles: Pa
     manifest = json.loads(Path(f"{needles}.json").read_text())
     (tmp_path / "data.json").write_text(json.dumps({**manifest, "eos_id": 9}))
     config = {"data": {"sources": [{"path": str(tmp_path / "data")}]}}
-    renamed = Checkpoint(tmp_path, Manifest(tmp_path, 0, {}, {}, {"config": config}))
+    renamed = Manifest(tmp_path, 0, {}, {}, {"config": config})
     assert end_token(renamed, tokenizer, None) == 9
     assert end_token(renamed, tokenizer, "Rain") == tokenizer.token_to_id("Rain")
     assert end_token(open_checkpoint(trained), tokenizer, None) == 0
-    imported = Checkpoint(tmp_path, Manifest(tmp_path, 0, {}, {}, {"config": {}}))
+    imported = Manifest(tmp_path, 0, {}, {}, {"config": {}})
     assert end_token(imported, tokenizer, None) == 0
 
 

@@ -1,10 +1,8 @@
 """A checkpoint of any layout as one model in one process, and the tokenizer of its run."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -22,25 +20,7 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A step folder and what its manifest says."""
-
-    folder: Path
-    manifest: Manifest
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """Of the run that saved it; an imported model has only `model`."""
-        return self.manifest.part("config")
-
-    @property
-    def step(self) -> int:
-        """Steps it has been trained for."""
-        return self.manifest.step
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path) -> Manifest:
     """A step folder, or the newest one of a run directory.
 
     Raises:
@@ -48,12 +28,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     folder = next(iter(find_checkpoints(path / "checkpoints", complete=True)), path)
     manifest = read_manifest(folder)
-    if "model" not in manifest.part("config"):
+    if "model" not in manifest.config:
         raise CheckpointError(f"{folder}: its manifest has no config.model; save it again with this version")
-    return Checkpoint(folder, manifest)
+    return manifest
 
 
-def model_config(checkpoint: Checkpoint) -> ModelConfig:
+def model_config(checkpoint: Manifest) -> ModelConfig:
     """What the manifest says the model is.
 
     Raises:
@@ -70,7 +50,7 @@ def model_config(checkpoint: Checkpoint) -> ModelConfig:
         raise CheckpointError(f"{checkpoint.folder}: config.model is not of this version: {error}") from error
 
 
-def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Transformer:
+def load_model(checkpoint: Manifest, *, device: torch.device, dtype: torch.dtype) -> Transformer:
     """The whole model in evaluation mode, its weights read part by part; router gates stay fp32.
 
     Raises:
@@ -95,11 +75,11 @@ def load_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dty
     tensors = {f"model.{name}": parameter.data for name, parameter in model.named_parameters()}
     if router.balancing is Balancing.bias:
         tensors |= {f"router.bias.{router.layer}": router.bias for router in model.routers()}
-    read_boxes(checkpoint.manifest, {name: Box.whole(tensor) for name, tensor in tensors.items()})
+    read_boxes(checkpoint, {name: Box.whole(tensor) for name, tensor in tensors.items()})
     return model.eval()
 
 
-def find_tokenizer(checkpoint: Checkpoint, given: Path | None) -> "Tokenizer":
+def find_tokenizer(checkpoint: Manifest, given: Path | None) -> "Tokenizer":
     """The tokenizer that was given, or that of the checkpoint, or that of the run's data.
 
     Raises:
@@ -124,7 +104,7 @@ def find_tokenizer(checkpoint: Checkpoint, given: Path | None) -> "Tokenizer":
     return tokenizer
 
 
-def end_token(checkpoint: Checkpoint, tokenizer: "Tokenizer", name: str | None) -> int | None:
+def end_token(checkpoint: Manifest, tokenizer: "Tokenizer", name: str | None) -> int | None:
     """Id of the token that ends a document: `name`, else that of the run's data, else a usual one, else None.
 
     Raises:
@@ -145,7 +125,7 @@ def end_token(checkpoint: Checkpoint, tokenizer: "Tokenizer", name: str | None) 
     return next((token for token in known if token is not None), None)
 
 
-def _first_source(checkpoint: Checkpoint) -> str | None:
+def _first_source(checkpoint: Manifest) -> str | None:
     """PREFIX of the run's first data source; None if it is text, or there is no run."""
     data = checkpoint.config.get("data") or {}
     return (data.get("sources") or [{}])[0].get("path")

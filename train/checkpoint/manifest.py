@@ -15,13 +15,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 
-from train.checkpoint.storage import FORMAT, MANIFEST, CheckpointError, FileFacts, checksum
+from train.checkpoint.storage import FORMAT, MANIFEST, CheckpointError, checksum
+from train.checkpoint.tensor_file import DTYPES, FileFacts
 
 MAX_BYTES = 2**28
 """Of a manifest; 80 layers on 1024 ranks take 2^26."""
 MAX_DIMS, MAX_SIZE = 4, 2**53
-DTYPES = {"F32": 4, "BF16": 2, "F16": 2}
-"""Bytes of an element by safetensors' names."""
 FILE_NAME = re.compile(r"rank-[0-9]{5,7}\.safetensors")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -57,12 +56,20 @@ class Manifest:
     """What a checkpoint says about itself."""
 
     folder: Path
+    """Where the checkpoint lies."""
     step: int
+    """Optimizer steps that the model has been trained for."""
     files: Mapping[str, FileFacts]
-    """By path in the folder."""
+    """Size and hash of each file, by path in the folder."""
     tensors: Mapping[str, StoredTensor]
+    """What the files hold, by name."""
     facts: Mapping[str, Any]
     """All else: config, progress, data, ...; JSON without NaN, otherwise as somebody wrote it."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration of the run that saved it; an imported model has only `model`."""
+        return self.part("config")
 
     @property
     def holds_weights_only(self) -> bool:

@@ -12,7 +12,6 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from train.checkpoint.manifest import (
-    DTYPES,
     TOKENIZER,
     Manifest,
     StoredBox,
@@ -21,6 +20,7 @@ from train.checkpoint.manifest import (
     show,
 )
 from train.checkpoint.storage import MANIFEST, Box, CheckpointError
+from train.checkpoint.tensor_file import DTYPES
 
 BLOCK = 2**24
 """Bytes that are hashed at once."""

@@ -85,7 +85,7 @@ def saved_model(run_dir: Path, init: Path, resume: Resume, verify: Verify) -> tu
     reasons = []
     for folder in next(filter(None, found), None) or [init]:
         try:
-            config = read_manifest(folder, is_checked=verify is not Verify.off).part("config")
+            config = read_manifest(folder, is_checked=verify is not Verify.off).config
             if isinstance(config.get("model"), dict):
                 return config["model"], folder
             reasons.append(f"{folder / MANIFEST}: config.model is {show(config.get('model'))}")

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""What safetensors calls the dtypes that are written."""
+"""Dtypes that are written, and what safetensors calls them."""
+DTYPES = {code: dtype for dtype, code in CODES.items()}
 CHUNK = 2**22
 """Bytes that are hashed and written at once: few enough to stay in a processor's cache in between."""
 

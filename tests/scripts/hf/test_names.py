@@ -13,7 +13,7 @@ from transformers import MiniMaxConfig
 from model.config import LayerType, ModelConfig, SlopeRule
 from model.transformer import Transformer
 from scripts.hf.config import ConversionError, Layout, read_config, write_config
-from scripts.hf.names import BUFFERS, pieces
+from scripts.hf.names import BUFFERS, hf_tensors
 from tests.support.clone import ROOT
 
 CARRIED = {"eos_token_id": 7, "max_position_embeddings": 99}
@@ -68,19 +68,19 @@ def test_the_released_model_maps_completely_both_ways() -> None:
     index = released_index()
     assert len(index) == 8243
     cfg = read_config(TEXT_01, "config.json").model
-    mapped = list(pieces(cfg))
-    assert {piece.name: piece.shape for piece in mapped} == index
+    mapped = list(hf_tensors(cfg))
+    assert {tensor.name: tensor.shape for tensor in mapped} == index
     assert len(mapped) == len(index)
 
     with torch.device("meta"):
         ours = {name: tuple(p.shape) for name, p in Transformer(cfg).named_parameters()}
     for parameter, shape in ours.items():
-        mine = [piece for piece in mapped if piece.parameter == parameter]
+        mine = [tensor for tensor in mapped if tensor.parameter == parameter]
         lead = shape[: len(mine[0].place)]
         # every matrix of a stack, in the order of its memory
-        assert [piece.place for piece in mine] == list(np.ndindex(lead))
-        assert {piece.shape for piece in mine} == {shape[len(lead) :]}
-    assert {piece.parameter for piece in mapped} == set(ours)
+        assert [tensor.place for tensor in mine] == list(np.ndindex(lead))
+        assert {tensor.shape for tensor in mine} == {shape[len(lead) :]}
+    assert {tensor.parameter for tensor in mapped} == set(ours)
     assert sum(torch.Size(shape).numel() for shape in index.values()) == 456_089_655_296
 
 
