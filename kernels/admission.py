@@ -121,7 +121,7 @@ def count_cells(experts: Tensor, cells: Tensor, keys: Tensor, num_experts: int) 
 def admit_choices(tables: Tensor, starts: Tensor, sharing: Sharing) -> Admitted:
     """Decide how many choices of each cell each expert admits, and where they go.
 
-    One launch, two if several groups share more than COMPARED_CELLS (docs/decisions.md).
+    One launch, two if several groups share more than COMPARED_CELLS (docs/design/decisions.md).
 
     Args:
         tables: [ranks, cells, 1 + experts], each rank's from `count_cells`. starts: this rank's.

@@ -45,7 +45,7 @@ class Tile(NamedTuple):
     """Multiprocessors that share what they load, along rows and columns."""
 
 
-# The fastest of eight tiles times three clusters on an H100 (docs/decisions.md).
+# The fastest of eight tiles times three clusters on an H100 (docs/design/decisions.md).
 GATE_UP = Tile(128, 192, True, (2, 1))
 DOWN = Tile(192, 128, True, (1, 2))
 D_GATE_UP = Tile(128, 128, True, (2, 1))

@@ -163,7 +163,7 @@ def is_supported(q: Tensor) -> bool:
 def _has_kernel(dtype: torch.dtype, size: int) -> bool:
     """Whether a GPU has kernels for it; one warning where it has not."""
     if dtype not in (torch.bfloat16, torch.float16):
-        reason = f"the kernels take bf16 and fp16, not {dtype}"  # docs/decisions.md: not yet fp32
+        reason = f"the kernels take bf16 and fp16, not {dtype}"  # docs/design/decisions.md: not yet fp32
     elif size % 16 or size > MAX_SIZE:
         reason = f"head_dim {size} is no multiple of 16 up to {MAX_SIZE}"
     else:

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md, the reference of all keys, from the dataclasses of the configuration."""
+"""Write docs/reference/configuration.md: every key, from the dataclasses of the configuration."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ import omegaconf
 
 from train.config import RunConfig
 
-TARGET = Path(__file__).resolve().parents[1] / "docs/configuration.md"
+TARGET = Path(__file__).resolve().parents[1] / "docs/reference/configuration.md"
 HEAD = """# Configuration reference
 
 Made by `python scripts/config_reference.py` from the dataclasses; a test keeps it up to date.

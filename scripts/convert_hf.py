@@ -1,7 +1,7 @@
 """Hugging Face <-> checkpoint, one tensor after the other: `import --hf DIR --output CKPT`, or
 `export --checkpoint CKPT --output DIR [--layout transformers|text01] [--dtype fp32|bf16|fp16]`.
 
-An import holds weights alone, in the dtypes of its source. Details: docs/conversion.md.
+An import holds weights alone, in the dtypes of its source. Details: docs/guides/conversion.md.
 """
 
 import sys

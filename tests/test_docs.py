@@ -21,8 +21,8 @@ from train.config import ConfigError
 from train.curriculum_stages import build_stages, validate_stages
 
 NEEDS = {"gpu", "network", "slurm"}
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "getting-started.md"]  # what the others begin with
-DOCUMENTS += sorted(set((ROOT / "docs").glob("*.md")) - set(DOCUMENTS))
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs/guides/getting-started.md"]  # what the others begin with
+DOCUMENTS += sorted(set((ROOT / "docs").rglob("*.md")) - set(DOCUMENTS))
 BLOCK = re.compile(r"((?:^<!-- \w+: [^\n]* -->\n)*)^```(\w*)\n(.*?)^```$", re.M | re.S)
 COMMENT = re.compile(r"<!-- (\w+): (.*) -->")
 REMARK = re.compile(r"\s+# .*")
@@ -109,7 +109,7 @@ def ran() -> set[str]:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_commands_run(document: Path, folder: Path, ran: set[str]) -> None:
     for block in blocks(document.read_text(encoding="utf-8")):
         if block.language == "bash":

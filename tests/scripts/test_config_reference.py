@@ -1,4 +1,4 @@
-"""docs/configuration.md says what the dataclasses say."""
+"""docs/reference/configuration.md says what the dataclasses say."""
 
 from scripts.config_reference import TARGET, reference
 

@@ -59,7 +59,9 @@ def test_the_harness_finds_our_likelihoods(needles: Path, tmp_path: Path) -> Non
         for prompt, answer in tasks
     ]
     (task / "flights.jsonl").write_text("\n".join(lines) + "\n")
-    text = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+    text = (
+        (ROOT / "docs/guides/evaluation.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+    )
     local = yaml.safe_load(text.replace("tasks/flights.jsonl", str(task / "flights.jsonl")))
     (task / "flights.yaml").write_text(yaml.safe_dump(local))
     subprocess.run(

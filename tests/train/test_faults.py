@@ -127,7 +127,7 @@ def test_processes_that_do_not_meet(rank: int, monkeypatch: pytest.MonkeyPatch) 
         join_job("cpu", timeout_minutes=0.02)
 
 
-@pytest.mark.parametrize("page", ["docs/reliability.md"])
+@pytest.mark.parametrize("page", ["docs/design/reliability.md"])
 def test_the_tests_that_the_table_names_exist(page: str) -> None:
     file, missing = "", []
     for named, test in re.findall(
