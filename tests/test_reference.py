@@ -1,4 +1,7 @@
-"""docs/reference/ says what a run writes: every field, every file, every exit code, and none besides."""
+"""docs/reference/ says what a run writes: every field, every file, every exit code, and none besides.
+
+And where docs/design/ names a function in a file, it stands there.
+"""
 
 import ast
 import json
@@ -122,3 +125,16 @@ def test_commands_have_the_options_that_are_listed(program: str) -> None:
 def test_targets_of_make_are_listed() -> None:
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     assert targets and set(rows("commands.md", "## `make`")) == set(targets[1].split())
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "design").glob("*.md")), ids=lambda page: page.name)
+def test_names_stand_in_the_files_that_a_page_says(page: Path) -> None:
+    """`a` and `b` in `folder/file.py`."""
+    text = " ".join(page.read_text(encoding="utf-8").split())
+    missing = []
+    for names, file in re.findall(r"((?:`\w[\w.]*`(?:, | and )?)+) (?:in|of) `([\w/]+\.py)`", text):
+        source = (ROOT / file).read_text(encoding="utf-8")
+        for name in re.findall(r"\w+(?=[\w.]*`)", names):
+            if not re.search(rf"^ *(?:def|class) {name}\b|^{name}\b", source, re.M):
+                missing.append(f"{name} in {file}")
+    assert not missing
