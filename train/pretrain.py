@@ -84,8 +84,8 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
         world = join_job(device)
         if problem := from_leader(lock.refusal(run_dir), world):
             raise ConfigError(problem)
-        if problem := from_leader(set_newer_aside(run_dir, cfg.rewind) if leader else "", world):
-            raise ConfigError(problem)
+        if refusal := from_leader(set_newer_aside(run_dir, cfg.rewind) if leader else None, world):
+            raise ConfigError(refusal)
         start = choose_start(run_dir, cfg.checkpoint, world, stop)
         stage = stage_of(stages, start.step)
         if start.resumed is not None:

@@ -1,4 +1,4 @@
-"""Reading checkpoint folders: whether the files are what the manifest says, and their content.
+"""Reads checkpoint folders: whether the files are what the manifest says, and their content.
 
 A rank reads the boxes that overlap its own, so any layout restores any other. No file is opened that the
 manifest does not name, and none is read as anything but safetensors.
@@ -38,7 +38,7 @@ class Verify(StrEnum):
 
 
 def verify(folder: Path, how: Verify = Verify.hash) -> list[str]:
-    """What is wrong with a checkpoint folder, by one process: a line a file, with expected and actual."""
+    """List what is wrong with a checkpoint folder, in one process: a line a file, expected and actual."""
     try:
         manifest = read_manifest(folder, is_checked=how is not Verify.off)
     except CheckpointError as error:
@@ -50,7 +50,7 @@ def verify(folder: Path, how: Verify = Verify.hash) -> list[str]:
 
 
 def strangers(manifest: Manifest) -> list[str]:
-    """One line for each thing in the folder that the manifest does not name; hidden files do not count."""
+    """List what the manifest does not name of what is in the folder; hidden files do not count."""
     known = {name.partition("/")[0] for name in manifest.files} | {MANIFEST}
     known |= {box.file for tensor in manifest.tensors.values() for box in tensor.boxes}
     found = [path for path in manifest.folder.iterdir() if path.name not in known]
@@ -67,8 +67,12 @@ def strangers(manifest: Manifest) -> list[str]:
     ]
 
 
-def check_files(manifest: Manifest, names: Iterable[str], how: Verify) -> Iterator[str]:
-    """Check files of a checkpoint in small pieces: yields "" after each, or a line on what is wrong."""
+def check_files(manifest: Manifest, names: Iterable[str], how: Verify) -> Iterator[str | None]:
+    """Check files of a checkpoint in small pieces.
+
+    Yields:
+        None after a piece, so that the caller can stop in between, or a line on what is wrong with a file.
+    """
     held: dict[str, dict[str, tuple[StoredBox, str | None]]] = {}
     for name, tensor in manifest.tensors.items():
         for stored in tensor.boxes:
@@ -90,12 +94,12 @@ def check_files(manifest: Manifest, names: Iterable[str], how: Verify) -> Iterat
             yield f"{path}: {error}"
 
 
-def _check_hash(path: Path, expected: str) -> Iterator[str]:
+def _check_hash(path: Path, expected: str) -> Iterator[None]:
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while block := file.read(BLOCK):
             digest.update(block)
-            yield ""
+            yield None
     if digest.hexdigest() != expected:
         raise ValueError(f"sha256 {digest.hexdigest()}, expected {expected}")
 
@@ -115,7 +119,7 @@ def _check_header(path: Path, held: Mapping[str, tuple[StoredBox, str | None]]) 
 
 
 def read_boxes(manifest: Manifest, boxes: Mapping[str, Box]) -> None:
-    """Fill every box from the parts that overlap it, each file opened once.
+    """Fill every box from the stored ones that overlap it, each file opened once.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, or a file is not what the manifest says.

@@ -1,4 +1,4 @@
-"""Where a run goes on, chosen by all ranks together, and filling it from there."""
+"""All ranks choose together where a run goes on, and fill it from there."""
 
 import logging
 import time
@@ -21,34 +21,34 @@ from train.guard.signals import StopRequest
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 30
-"""How long a rank hashes files before it tells the others that it lives."""
+"""Time that a rank hashes files before it tells the others that it lives."""
 
 
 class NoCheckpointError(CheckpointError):
-    """No checkpoint can be used where one is needed; a run does not start from random weights instead."""
+    """Raised where a checkpoint is needed and none can be used; a run does not start from random weights."""
 
 
 class Start(NamedTuple):
     """Where a run begins."""
 
     resumed: Manifest | None = None
-    """Its own checkpoint that it goes on from."""
+    """Checkpoint of the run itself that it goes on from."""
     initial: Manifest | None = None
-    """The checkpoint whose weights a new run starts from."""
+    """Checkpoint whose weights a new run starts from."""
 
     @property
     def step(self) -> int:
-        """Steps taken before."""
+        """Optimizer steps that were taken before."""
         return 0 if self.resumed is None else self.resumed.step
 
 
 def choose_start(run_dir: Path, cfg: CheckpointConfig, world: Axis, stop: StopRequest) -> Start:
-    """The newest checkpoint of the run that is whole, else checkpoint.init, else nothing; all ranks agree.
+    """Choose the run's newest checkpoint that is whole, else checkpoint.init, else nothing.
 
-    Rejected folders that are newer than the one in use are renamed to rejected-step-N.
+    All ranks agree. Rejected folders that are newer than the one in use are renamed to rejected-step-N.
 
     Raises:
-        NoCheckpointError: one is needed, and none can be used; with all the reasons.
+        NoCheckpointError: a checkpoint is needed, and none can be used; the text has all the reasons.
         StoppedEarly: a rank was asked to stop while files were hashed; on every rank, nothing is renamed.
     """
     if cfg.resume is not Resume.never:
@@ -75,7 +75,10 @@ def choose_start(run_dir: Path, cfg: CheckpointConfig, world: Axis, stop: StopRe
 
 
 def saved_model(run_dir: Path, init: Path, resume: Resume, verify: Verify) -> tuple[Mapping[str, Any], Path]:
-    """The model of a run with checkpoint.init: as its own newest checkpoint has it, else that of `init`.
+    """Read the model of a run with checkpoint.init, from its own newest checkpoint, else from `init`.
+
+    Returns:
+        The values of config.model, and the checkpoint that has them.
 
     Raises:
         NoCheckpointError: no manifest can be read.
@@ -99,7 +102,7 @@ def saved_model(run_dir: Path, init: Path, resume: Resume, verify: Verify) -> tu
 def _newest_whole(
     folders: Iterable[Path], cfg: CheckpointConfig, world: Axis, stop: StopRequest, *, is_resumed: bool
 ) -> tuple[Manifest | None, dict[Path, list[str]]]:
-    """The first of the leader's folders that has no fault, and by folder the faults of those before it."""
+    """Find the first of the leader's folders without a fault, and by folder the faults of those before it."""
     agreed = from_leader([str(path) for path in folders], world)
     rejected: dict[Path, list[str]] = {}
     for folder in map(Path, agreed):
@@ -118,9 +121,9 @@ def _newest_whole(
 def _examine(
     folder: Path, how: Verify, world: Axis, stop: StopRequest, *, is_resumed: bool
 ) -> tuple[Manifest | None, list[str]]:
-    """A checkpoint and what any rank finds wrong with it; its files are dealt out, so all are read once."""
+    """Read a manifest and what any rank finds wrong; the files are dealt out, so each is read once."""
     manifest: Manifest | None = None
-    work: Iterator[str] = iter(())
+    work: Iterator[str | None] = iter(())
     try:
         manifest = read_manifest(folder, is_checked=how is not Verify.off)
         if is_resumed:
@@ -138,11 +141,11 @@ def _examine(
     return manifest, list(dict.fromkeys(heard))
 
 
-def _work_a_while(work: Iterator[str], problems: list[str], stop: StopRequest) -> int:
+def _work_a_while(work: Iterator[str | None], problems: list[str], stop: StopRequest) -> int:
     """Check files, but never so long that the others take this rank for dead; 0 = done, 1 = not yet."""
     end = time.monotonic() + BEAT_SECONDS
     for problem in work:
-        if problem:
+        if problem is not None:
             problems.append(problem)
         if stop.is_set or time.monotonic() > end:
             return 1
@@ -236,7 +239,7 @@ def set_results_aside(run_dir: Path) -> None:
 
 
 def new_previous(run_dir: Path) -> Path:
-    """A new folder previous-N of a run directory."""
+    """Make a new folder previous-N of a run directory."""
     target = run_dir / f"previous-{1 + sum(1 for _ in run_dir.glob('previous-*'))}"
     target.mkdir()
     return target

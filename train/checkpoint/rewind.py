@@ -48,20 +48,23 @@ class RewindConfig:
 
     @property
     def entry(self) -> list[int]:
-        """As it stands in a run's progress: [to] or [to, a, b]; [] = no rewind."""
+        """The rewind as it stands in a run's progress: [to] or [to, a, b]; [] = no rewind."""
         return [] if self.to is None else [self.to, *self.skip]
 
 
-def set_newer_aside(run_dir: Path, cfg: RewindConfig) -> str:
-    """Move what is newer than rewind.to into previous-N, unless that was done; why not, "" = all is well.
+def set_newer_aside(run_dir: Path, cfg: RewindConfig) -> str | None:
+    """Move what is newer than rewind.to into previous-N, unless that was done.
 
     For one rank, before any looks for a checkpoint.
+
+    Returns:
+        Why the run cannot be rewound; None if all is well.
     """
     found = find_checkpoints(run_dir / "checkpoints", complete=True)
     steps = {step: path for path, step in found.items()}
     newer = [path for step, path in steps.items() if cfg.to is not None and step > cfg.to]
     if cfg.to is None or any(cfg.entry in rewinds_of(path) for path in newer):
-        return ""
+        return None
     if cfg.to not in steps:
         return f"rewind.to={cfg.to}: {run_dir}/checkpoints has no step-{cfg.to}, but steps {sorted(steps)}"
     try:
@@ -78,11 +81,11 @@ def set_newer_aside(run_dir: Path, cfg: RewindConfig) -> str:
         for path in newer:
             path.rename(target / "checkpoints" / path.name)
         log.warning("rewind.to=%d: %d newer checkpoints moved to %s", cfg.to, len(newer), target)
-    return ""
+    return None
 
 
 def rewinds_of(checkpoint: Path) -> list[list[int]]:
-    """The rewinds before a checkpoint; none if it cannot be read."""
+    """Read the rewinds before a checkpoint; none if it cannot be read."""
     try:
         return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["progress"]["rewinds"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -90,7 +93,10 @@ def rewinds_of(checkpoint: Path) -> list[list[int]]:
 
 
 def skipped_steps(rewinds: Sequence[Sequence[int]]) -> dict[int, int]:
-    """Steps taken before a gap in the data -> steps whose data end with it.
+    """Find the gaps that rewinds leave in the data.
+
+    Returns:
+        Steps taken before a gap -> steps whose data end with it.
 
     Raises:
         ValueError: two ranges overlap.

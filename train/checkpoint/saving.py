@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
@@ -33,8 +33,9 @@ from train.checkpoint.tensor_file import file_size
 
 log = logging.getLogger(__name__)
 
-Report = dict[str, Any]
-"""JSON: {"done": what a rank has to say} or {"error": why it cannot}."""
+T = TypeVar("T")
+Report = tuple[T | None, str | None]
+"""What a rank has to say, JSON, and None; or None and why it cannot."""
 SETTLE_SECONDS = 120
 """What a run that fails leaves a save in flight, where no limit is configured."""
 NAMED = 3  # ranks that a message spells out
@@ -46,14 +47,22 @@ class SaveError(RuntimeError):
 
 
 def write_together(
-    root: Path, step: int, boxes: Mapping[str, Box], facts: Mapping[str, Any], axis: Axis, trouble: str = ""
+    root: Path,
+    step: int,
+    boxes: Mapping[str, Box],
+    facts: Mapping[str, Any],
+    axis: Axis,
+    problem: str | None = None,
 ) -> None:
     """Write and commit `root/step-N` with the other ranks of `axis`.
 
     Args:
+        root: the folder of all checkpoints.
+        step: N.
         boxes: this rank's part of the state; each element is some rank's, and only one's.
         facts: JSON values for the manifest.
-        trouble: why this rank cannot take part; "" = it can.
+        axis: all ranks.
+        problem: why this rank cannot take part; None = it can.
 
     Raises:
         SaveError: on every rank alike; nothing is left but the checkpoints from before.
@@ -77,7 +86,7 @@ def write_together(
         commit(folder, root / f"step-{step}", parts, facts)
 
     try:
-        name = agree({"error": trouble} if trouble else attempt(need), make_folder, axis)
+        name = agree((None, problem) if problem is not None else attempt(need), make_folder, axis)
         mine = root / name
         agree(attempt(lambda: write_shard(mine, axis.rank, boxes)), finish, axis)
     except SaveError:
@@ -86,39 +95,38 @@ def write_together(
         raise
 
 
-def attempt(work: Callable[[], Any]) -> Report:
+def attempt(work: Callable[[], T]) -> Report[T]:
     """Do a rank's own work; an error is for all ranks to hear, so it goes no further."""
     try:
-        return {"done": work()}
+        return work(), None
     except OSError as error:
-        return {"error": f"{error.strerror}: {error.filename}" if error.filename else str(error)}
+        return None, f"{error.strerror}: {error.filename}" if error.filename else str(error)
     except Exception as error:
         log.exception("saving failed on this rank")
-        return {"error": f"{type(error).__name__}: {error}"}
+        return None, f"{type(error).__name__}: {error}"
 
 
-def agree(mine: Report, conclude: Callable[[list[Any]], Any], axis: Axis) -> Any:
-    """What the leader concludes from the reports of all ranks, on every rank.
+def agree(mine: Report[Any], conclude: Callable[[list[Any]], Any], axis: Axis) -> Any:
+    """Let the leader conclude from the reports of all ranks, and tell the conclusion to every rank.
 
     Raises:
-        SaveError: a rank reported an error, or the leader met one; on every rank.
+        SaveError: a rank reported a problem, or the leader met one; on every rank.
     """
     reports = gather_values(mine, axis)
     failpoint("reported")
-    verdict: Report = {}
+    verdict: Report[Any] = None, None
     if axis.rank == 0:
-        errors = [f"rank {n}: {report['error']}" for n, report in enumerate(reports) if "error" in report]
-        if errors:
-            more = f" and {len(errors) - NAMED} more" if len(errors) > NAMED else ""
-            verdict = {"error": "; ".join(errors[:NAMED]) + more}
-        else:
-            verdict = attempt(lambda: conclude([report["done"] for report in reports]))
-            if "error" in verdict:
-                verdict["error"] = f"rank 0: {verdict['error']}"
-    heard = from_leader(verdict, axis)
-    if "error" in heard:
-        raise SaveError(heard["error"])
-    return heard["done"]
+        problems = [f"rank {n}: {problem}" for n, (_, problem) in enumerate(reports) if problem is not None]
+        if not problems:
+            verdict = attempt(lambda: conclude([value for value, _ in reports]))
+            problems = [f"rank 0: {verdict[1]}"] if verdict[1] is not None else []
+        if problems:
+            more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+            verdict = None, "; ".join(problems[:NAMED]) + more
+    value, problem = from_leader(verdict, axis)
+    if problem is not None:
+        raise SaveError(problem)
+    return value
 
 
 class Saver:
@@ -131,11 +139,14 @@ class Saver:
 
         Args:
             root: the folder of all checkpoints.
-            grace_s: what the launcher leaves a stopped job; None = nobody knows.
+            cfg: how to save and what to keep.
+            axis: all ranks.
+            step: the one that the run starts from, 0 = none.
+            grace_s: seconds that the launcher leaves a stopped job; None = nobody knows.
         """
         self.root, self.cfg, self.axis, self.grace_s = root, cfg, axis, grace_s
         self.saved_step = step
-        """The newest that is safe: where a crash now would lead; 0 = the start."""
+        """Newest step that is safe: where a crash now would lead; 0 = the start."""
         self._stall_s = 0.0
         self._failures: list[str] = []
         self._lost: BaseException | None = None
@@ -149,11 +160,10 @@ class Saver:
         if mode is SaveMode.sync:
             self._write(step, boxes, facts)
         else:
-            copies: dict[str, Box] = {}
-            report = attempt(lambda: copies.update(self._copy(boxes)))
+            copies, problem = attempt(lambda: self._copy(boxes))
             self._thread = threading.Thread(
                 target=self._write_beside,
-                args=(step, copies, copy.deepcopy(facts), report.get("error", "")),
+                args=(step, copies or {}, copy.deepcopy(facts), problem),
                 name="saving",
                 daemon=True,  # a process that ends by an error does not wait for it
             )
@@ -178,14 +188,14 @@ class Saver:
             self._thread.join(SETTLE_SECONDS if limit_s is None else limit_s)
 
     def read_failures(self) -> list[str]:
-        """Which saves failed since the last call, and why."""
+        """List the saves that failed since the last call, and why."""
         if self._lost is not None:
             raise self._lost
         found, self._failures = self._failures, []
         return found
 
     def read_stall_s(self) -> float:
-        """Seconds that training stood still for saves since the last call."""
+        """Sum the seconds that training stood still for saves since the last call."""
         seconds, self._stall_s = self._stall_s, 0.0
         return seconds
 
@@ -198,7 +208,7 @@ class Saver:
                 _pin(self._slab)
 
     def _copy(self, boxes: Mapping[str, Box]) -> dict[str, Box]:
-        """The boxes with their values on the host, in the same memory every time."""
+        """Copy the boxes' values to the host, into the same memory every time."""
         self.reserve(boxes)
         copies, start = {}, 0
         for name, box in boxes.items():
@@ -218,11 +228,11 @@ class Saver:
             self._lost = error  # the training's thread raises it
 
     def _write(
-        self, step: int, boxes: Mapping[str, Box], facts: Mapping[str, Any], trouble: str = ""
+        self, step: int, boxes: Mapping[str, Box], facts: Mapping[str, Any], problem: str | None = None
     ) -> None:
         start = time.monotonic()
         try:
-            write_together(self.root, step, boxes, facts, self.axis, trouble)
+            write_together(self.root, step, boxes, facts, self.axis, problem)
         except SaveError as error:
             last = (
                 f"the last good one is step {self.saved_step}" if self.saved_step else "there is none before"
@@ -235,9 +245,9 @@ class Saver:
         seconds = time.monotonic() - start
         log.info("saved %s in %.1f s", self.root / f"step-{step}", seconds)
         self._compare_with_grace(seconds)
-        old = attempt(lambda: retire(self.root, keep=self.cfg.keep, keep_every=self.cfg.keep_every))
-        if "error" in old:
-            log.warning("old checkpoints were not removed: %s", old["error"])
+        _, problem = attempt(lambda: retire(self.root, keep=self.cfg.keep, keep_every=self.cfg.keep_every))
+        if problem is not None:
+            log.warning("old checkpoints were not removed: %s", problem)
 
     def _compare_with_grace(self, seconds: float) -> None:
         """Warn once: a stop may have to wait for one save and then make another."""

@@ -153,8 +153,9 @@ def test_a_range_that_overlaps_an_earlier_one_is_refused_before_anything_moves(
     (run_dir / "wandb_id").write_text("abandoned")
     before = sorted(run_dir.rglob("*"))
     problem = set_newer_aside(run_dir, RewindConfig(to=6, skip=[7, 9]))
-    assert "rewind.skip: [6, 8] and one from 7 overlap" in problem and sorted(run_dir.rglob("*")) == before
-    assert set_newer_aside(run_dir, RewindConfig(to=6, skip=[8, 9])) == ""
+    assert problem is not None and "rewind.skip: [6, 8] and one from 7 overlap" in problem
+    assert sorted(run_dir.rglob("*")) == before
+    assert set_newer_aside(run_dir, RewindConfig(to=6, skip=[8, 9])) is None
     assert saved(run_dir) == [1, 2, 3, 4, 5, 6] and not (run_dir / "wandb_id").exists()
     assert (run_dir / "previous-2/wandb_id").read_text() == "abandoned"
 
@@ -165,7 +166,7 @@ def test_a_damaged_checkpoint_is_none_of_a_rewind(text: str, tmp_path: Path) -> 
     for step in (4, 5):
         (tmp_path / f"checkpoints/step-{step}").mkdir(parents=True)
         (tmp_path / f"checkpoints/step-{step}/manifest.json").write_text(text)
-    assert set_newer_aside(tmp_path, RewindConfig(to=4, skip=[6, 8])) == "" and saved(tmp_path) == [4]
+    assert set_newer_aside(tmp_path, RewindConfig(to=4, skip=[6, 8])) is None and saved(tmp_path) == [4]
 
 
 @pytest.mark.parametrize(
