@@ -16,7 +16,7 @@ from train.checkpoint.tensor_file import DTYPES
 
 
 def main() -> int:
-    """Exit code: 0; 2 if there is no checkpoint; 3 if it is damaged."""
+    """Run the command; exit code 0, 2 if there is no checkpoint, 3 if it is damaged."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("action", choices=["inspect", "verify"])
     parser.add_argument("checkpoint", type=Path)
@@ -53,7 +53,7 @@ def inspect(folder: Path) -> int:
 
 
 def report(folder: Path) -> int:
-    """Hash every byte, print one line a bad file."""
+    """Hash every byte and print a line for each bad file."""
     problems = verify(folder)
     for problem in problems:
         print(problem)

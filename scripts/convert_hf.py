@@ -1,6 +1,7 @@
-"""Hugging Face <-> checkpoint, one tensor after the other: `import --hf DIR --output CKPT`, or
-`export --checkpoint CKPT --output DIR [--layout transformers|text01] [--dtype fp32|bf16|fp16]`.
+"""Converts Hugging Face folders to checkpoints and back, one tensor after the other.
 
+`import --hf DIR --output CKPT`, or
+`export --checkpoint CKPT --output DIR [--layout transformers|text01] [--dtype fp32|bf16|fp16]`.
 An import holds weights alone, in the dtypes of its source. Details: docs/guides/conversion.md.
 """
 
@@ -48,7 +49,7 @@ NAMED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0; 2 for what cannot be converted."""
+    """Run the command; exit code 0, 2 for what cannot be converted."""
     args = parse_args(argv)
     try:
         if args.shard_bytes < 1:
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     reading = actions.add_parser("import", help="Hugging Face -> checkpoint")
@@ -192,7 +194,7 @@ def export_model(
 
 
 def card(name: str, layout: Layout, step: int, warnings: Sequence[str]) -> str:
-    """README.md of an export: what it is, and what its readers will do otherwise."""
+    """Write the README.md of an export: what it is, and what its readers will do otherwise."""
     reader = "AutoModelForCausalLM" if layout is Layout.transformers else "MiniMax's own code"
     text = f"# {name}\nStep {step} of a Longspan run, exported for {reader} (`--layout {layout}`).\n"
     return text + "".join(f"\n**WARNING: {warning}**\n" for warning in warnings)
@@ -227,7 +229,7 @@ def export_dtypes(
 
 
 def _dtype(manifest: Manifest, name: str, recorded: str | None) -> torch.dtype:
-    """Of a parameter: as it was imported, else as it is saved."""
+    """Look up a parameter's dtype as it was imported, else as it is saved."""
     if name not in manifest.tensors:
         raise CheckpointError(f"{manifest.folder}: has no tensor {name}")
     saved = recorded or manifest.tensors[name].dtype
@@ -275,10 +277,10 @@ def split(plan: Mapping[str, torch.Tensor], limit: int) -> Iterator[dict[str, to
 
 @contextmanager
 def new_folder(output: Path, size: int) -> Iterator[Path]:
-    """A folder beside `output` that becomes it at the end, or is removed; `size` bytes will be written.
+    """Make a folder beside `output` that may become it, and is removed if not.
 
     Raises:
-        ConversionError: output exists, lies inside a checkpoint, or has no room.
+        ConversionError: output exists, lies inside a checkpoint, or has no room for `size` bytes.
     """
     if output.exists() or output.is_symlink():
         raise ConversionError(f"--output {output}: exists; give another folder or remove it")
@@ -327,6 +329,7 @@ def write_files(
 
 
 def warn(texts: Sequence[str]) -> None:
+    """Print warnings on stderr."""
     for text in texts:
         print(f"convert_hf: WARNING: {text}", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""What of the configuration changed between a save and going on from it, and what of that is refused."""
+"""Compares the configuration of a checkpoint with that of the run that goes on from it."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 ABSENT = object()
 MODEL = "model"
 LINES = 40
-"""Of a diff, at most."""
+"""Most differences that are listed."""
 RULES: list[tuple[str, str | None]] = [  # of the key; the first that matches holds, None is for information
     (r"model\..*|router\.balancing", MODEL),
     (r"optimizer\.offload", None),
@@ -35,12 +35,16 @@ class Difference(NamedTuple):
     """A key that has another value than it had."""
 
     key: str
-    saved: Any
-    now: Any
+    """Path of the key in the configuration."""
+    saved: object
+    """Value in the checkpoint, or ABSENT."""
+    now: object
+    """Value of the run, or ABSENT."""
     kind: str | None
-    """Whose rule it breaks; None = nobody's."""
+    """MODEL or the `Change` that must be allowed; None = the change needs no permission."""
 
     def __str__(self) -> str:
+        """Print the difference as one line."""
         words = ["(none)" if value is ABSENT else show(value) for value in (self.saved, self.now)]
         return f"{self.key}: {words[0]} -> {words[1]}" + (f"  [{self.kind}]" if self.kind else "")
 
@@ -51,7 +55,7 @@ def judge_changes(
     """Print what has changed since a checkpoint; stages that have not begun may change freely.
 
     Raises:
-        ConfigError: the model, or without being allowed optimizer or data; the same on every rank.
+        ConfigError: the model has changed, or without being allowed optimizer or data; on every rank.
     """
     last = stage_of(stages, max(0, manifest.step - 1))  # the one whose configuration was saved
     found = compare(manifest.config, json.loads(json.dumps(asdict(last.cfg))), begun=last.number)
@@ -78,9 +82,11 @@ def judge_changes(
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any], *, begun: int) -> list[Difference]:
-    """Keys whose values differ; a field that one of them has not is of another version, and no difference.
+    """List the keys whose values differ; a field that one side lacks is of another version, no difference.
 
     Args:
+        saved: configuration of the checkpoint.
+        now: configuration of the run.
         begun: number of the last curriculum stage that has begun.
     """
     old, new = dict(_leaves(saved)), dict(_leaves(now))
@@ -97,8 +103,9 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any], *, begun: int) -> 
     return found
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """`a.b.0.c` and value of everything that is neither an object nor a list of some."""
+def _leaves(value: object, key: str = "") -> Iterator[tuple[str, object]]:
+    """List key, as `a.b.0.c`, and value of everything that is neither an object nor a list of some."""
+    items: list[tuple[object, object]]
     if isinstance(value, dict):
         items = list(value.items())
     elif isinstance(value, list) and any(isinstance(each, dict) for each in value):

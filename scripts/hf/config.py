@@ -1,4 +1,4 @@
-"""config.json of MiniMax-01 models in both public layouts, and the model configuration that it means.
+"""Reads and writes config.json of MiniMax-01 models in both public layouts.
 
 A field that would change what is computed, and that the other side has no word for, is an error.
 """
@@ -16,7 +16,7 @@ Config = Mapping[str, Any]
 
 
 class ConversionError(ValueError):
-    """What cannot be converted: the text names file, key, value and remedy."""
+    """Raised for what cannot be converted; the text names file, key, value and remedy."""
 
 
 class Layout(StrEnum):
@@ -76,7 +76,7 @@ FACTORS = {  # full attention, linear attention, MLP
     Layout.transformers: ("full_attn_{}_factor", "linear_attn_{}_factor", "mlp_{}_factor"),
 }
 LIGHTNING_NORM_EPS = 1e-6
-"""Of the norm in lightning layers, for which neither layout has a key."""
+"""Epsilon of the norm in lightning layers, for which neither layout has a key."""
 SLOPE_TOLERANCE = 1e-6
 PARTIAL_ROTARY = (
     "{}: rotary_dim={} of head_dim={}: transformers (5.23 and before) ignores this, rotates whole heads and "
@@ -89,13 +89,17 @@ class Imported:
     """What a config.json says."""
 
     model: ModelConfig
+    """Configuration of the model."""
     layout: Layout
+    """Layout whose names the file uses."""
     carried: dict[str, Any]
+    """Values of `CARRIED` that the file has."""
     warnings: list[str]
+    """What a user must know of it."""
 
 
 def read_config(config: Config, file: str) -> Imported:
-    """The model of a config.json; `file` is its name in messages.
+    """Read the model of a config.json; `file` is its name in messages.
 
     Raises:
         ConversionError: another architecture, a missing key, or a value that this model has no form for.
@@ -134,7 +138,10 @@ def read_config(config: Config, file: str) -> Imported:
 def write_config(
     cfg: ModelConfig, layout: Layout, *, dtype: str, carried: Config
 ) -> tuple[dict[str, Any], list[str]]:
-    """config.json of a model, and what its readers will do otherwise.
+    """Write the config.json of a model.
+
+    Returns:
+        Its content, and what its readers will do otherwise.
 
     Raises:
         ConversionError: the layout computes something else for this model.
@@ -191,7 +198,7 @@ def _has_softmax(cfg: ModelConfig) -> bool:
 
 
 def _check_slopes(cfg: ModelConfig, layout: Layout) -> None:
-    """The layout's formula must give the decay that the model was trained with."""
+    """Refuse a layout whose formula gives another decay than the model was trained with."""
     other = replace(cfg, slope_rule=SlopeRule(layout))
     lightning = [layer for layer, kind in enumerate(cfg.layers) if kind is LayerType.lightning]
     differences = [
@@ -224,7 +231,7 @@ def _required(config: Config, key: str, file: str) -> Any:
 
 
 def _given(config: Config, *keys: str) -> Config:
-    """The keys that have a value."""
+    """Take the keys that have a value."""
     return {key: config[key] for key in keys if config.get(key) is not None}
 
 
@@ -253,7 +260,7 @@ def _layer_types(config: Config, layout: Layout, file: str) -> list[LayerType]:
 
 
 def _alpha(config: Config, layout: Layout, values: Config, file: str) -> float | None:
-    """The one weight of all residuals; None where it is DeepNorm's own."""
+    """Read the one weight of all residuals; None where it is DeepNorm's own."""
     present = {LayerType.softmax: 0, LayerType.lightning: 1}
     used = [FACTORS[layout][i] for kind, i in present.items() if kind in values["layer_types"]]
     used.append(FACTORS[layout][2])
@@ -268,7 +275,7 @@ def _alpha(config: Config, layout: Layout, values: Config, file: str) -> float |
 
 
 def _rotary(config: Config, head_dim: int, file: str) -> dict[str, Any]:
-    """rotary_dim and rope_theta: on top in text01 and older files, in rope_parameters in newer ones."""
+    """Read rotary_dim and rope_theta: on top in text01 and older files, else in rope_parameters."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ConversionError(f"{file}: rope_parameters={rope!r} must be an object of keys and values")

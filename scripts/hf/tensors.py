@@ -1,10 +1,11 @@
-"""Tensors of a Hugging Face folder, read a few megabytes at a time, whatever their size."""
+"""Reads tensors of a Hugging Face folder a few megabytes at a time, whatever their size."""
 
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,7 +36,7 @@ class SourceTensor:
         """Read all bytes, in order, at most `CHUNK` at a time.
 
         Raises:
-            ConversionError: the file ends before.
+            ConversionError: the file ends too early.
         """
         size = math.prod(self.shape) * self.dtype.itemsize
         with self.path.open("rb") as file:
@@ -49,7 +50,7 @@ class SourceTensor:
 
 
 def find_tensors(folder: Path) -> dict[str, SourceTensor]:
-    """Every tensor of a Hugging Face folder by name; only headers are read.
+    """Find every tensor of a Hugging Face folder by name; only headers are read.
 
     Raises:
         ConversionError: no index, a file that is missing or no safetensors, a tensor that is not where the
@@ -86,10 +87,10 @@ def find_tensors(folder: Path) -> dict[str, SourceTensor]:
 
 
 def read_header(path: Path) -> dict[str, SourceTensor]:
-    """Every tensor of a file.
+    """Find every tensor of a file by name.
 
     Raises:
-        ConversionError: it is missing, no safetensors file, or holds integers.
+        ConversionError: the file is missing, no safetensors file, or holds integers.
     """
     try:
         with safe_open(path, framework="pt"):
@@ -112,11 +113,11 @@ def read_header(path: Path) -> dict[str, SourceTensor]:
     }
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
 
     Raises:
-        ConversionError: there is none.
+        ConversionError: the file holds none.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The tokenizer's files: with an import into the checkpoint; from there, or the data, into an export."""
+"""Copies a tokenizer: into the checkpoint of an import; from there, or from the data, into an export."""
 
 import hashlib
 import json
@@ -18,7 +18,11 @@ FILES = (
 
 
 def copy_tokenizer(source: Path, target: Path) -> dict[str, dict[str, Any]]:
-    """Copy the files that there are; size and hash by name."""
+    """Copy the files that there are.
+
+    Returns:
+        Size and hash by name.
+    """
     found = {}
     for name in FILES:
         if (source / name).is_file():
@@ -73,7 +77,7 @@ def export_tokenizer(
 
 
 def _of_the_data(data: Mapping[str, Any]) -> tuple[Path | None, int | None]:
-    """Tokenizer and end-of-document token of a run's first source that tells them."""
+    """Find tokenizer and end-of-document token of a run's first source that tells them."""
     for source in data.get("sources", []):
         about = Path(f"{source['path']}.json")
         if source["path"] is not None and about.is_file():

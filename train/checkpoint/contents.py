@@ -1,4 +1,4 @@
-"""When a run is saved, what a checkpoint holds, and where a run goes on.
+"""When a run is saved, and what a checkpoint holds.
 
 Invariant: weights, both moments, clocks and data position of one step, under names that know no layout.
 """
@@ -76,10 +76,13 @@ class CheckpointConfig:
 def own_boxes(
     shards: Sequence[Shard], optimizer: torch.optim.Optimizer, biases: Mapping[str, Tensor], mesh: Mesh
 ) -> dict[str, Box]:
-    """What this rank writes: of all that ranks hold alike, the first of them.
+    """Choose what this rank writes: what several ranks hold alike, the first of them writes.
 
     Args:
-        biases: of the routers, the same on all ranks of a stage.
+        shards: this rank's parts of the parameters.
+        optimizer: holds their moments.
+        biases: those of the routers by name, the same on all ranks of a pipeline stage.
+        mesh: tells which rank is the first of its stage.
     """
     mine = [shard for shard in shards if shard.is_first]
     return state_boxes(mine, optimizer, {} if mesh.stage.rank else biases)
@@ -88,7 +91,7 @@ def own_boxes(
 def state_boxes(
     shards: Sequence[Shard], optimizer: torch.optim.Optimizer, biases: Mapping[str, Tensor]
 ) -> dict[str, Box]:
-    """This rank's part of all that is saved as tensors."""
+    """List this rank's part of all that is saved as tensors: weights, moments, biases of the routers."""
     boxes = {f"model.{s.name}": Box(s.master, s.shape, s.offset) for s in shards}
     state = moments(optimizer, shards)
     for key, tensor in state.items():
@@ -99,7 +102,7 @@ def state_boxes(
 
 @cache
 def git_commit() -> str | None:
-    """Of this program; None where it is no git checkout."""
+    """Look up the commit of this program; None where it is no git checkout."""
     root = Path(__file__).resolve().parents[2]
     try:
         found = subprocess.run(

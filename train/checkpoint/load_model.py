@@ -1,4 +1,4 @@
-"""A checkpoint of any layout as one model in one process, and the tokenizer of its run."""
+"""Loads a checkpoint of any layout as one model in one process, and the tokenizer of its run."""
 
 import json
 from pathlib import Path
@@ -21,10 +21,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def open_checkpoint(path: Path) -> Manifest:
-    """A step folder, or the newest one of a run directory.
+    """Read the manifest of a step folder, or of the newest one in a run directory.
 
     Raises:
-        CheckpointError: there is none, or it names no model.
+        CheckpointError: there is no checkpoint, or it names no model.
     """
     folder = next(iter(find_checkpoints(path / "checkpoints", complete=True)), path)
     manifest = read_manifest(folder)
@@ -34,10 +34,10 @@ def open_checkpoint(path: Path) -> Manifest:
 
 
 def model_config(checkpoint: Manifest) -> ModelConfig:
-    """What the manifest says the model is.
+    """Build the model's configuration from a manifest.
 
     Raises:
-        CheckpointError: nothing that this version can build.
+        CheckpointError: this version cannot build the model.
     """
     values = dict(checkpoint.config["model"])
     try:
@@ -51,10 +51,10 @@ def model_config(checkpoint: Manifest) -> ModelConfig:
 
 
 def load_model(checkpoint: Manifest, *, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """The whole model in evaluation mode, its weights read part by part; router gates stay fp32.
+    """Load the whole model in evaluation mode, its weights read box by box; router gates stay fp32.
 
     Raises:
-        CheckpointError: the manifest's model cannot be built, or a tensor is missing.
+        CheckpointError: this version cannot build the model, or a tensor is missing.
     """
     cfg = model_config(checkpoint)
     try:
@@ -80,10 +80,10 @@ def load_model(checkpoint: Manifest, *, device: torch.device, dtype: torch.dtype
 
 
 def find_tokenizer(checkpoint: Manifest, given: Path | None) -> "Tokenizer":
-    """The tokenizer that was given, or that of the checkpoint, or that of the run's data.
+    """Load the tokenizer that was given, else that of the checkpoint, else that of the run's data.
 
     Raises:
-        ValueError: it is not there, or knows more tokens than the model.
+        ValueError: the tokenizer is not there, or knows more tokens than the model.
     """
     data = checkpoint.config.get("data") or {}
     own, prefix = checkpoint.folder / "tokenizer", _first_source(checkpoint)
@@ -105,7 +105,9 @@ def find_tokenizer(checkpoint: Manifest, given: Path | None) -> "Tokenizer":
 
 
 def end_token(checkpoint: Manifest, tokenizer: "Tokenizer", name: str | None) -> int | None:
-    """Id of the token that ends a document: `name`, else that of the run's data, else a usual one, else None.
+    """Find the id of the token that ends a document.
+
+    It is that of `name`, else that of the run's data, else that of a usual name, else None.
 
     Raises:
         ValueError: `name` is no token.
@@ -126,13 +128,13 @@ def end_token(checkpoint: Manifest, tokenizer: "Tokenizer", name: str | None) ->
 
 
 def _first_source(checkpoint: Manifest) -> str | None:
-    """PREFIX of the run's first data source; None if it is text, or there is no run."""
+    """Look up the PREFIX of the run's first data source; None if it is text, or there is no run."""
     data = checkpoint.config.get("data") or {}
     return (data.get("sources") or [{}])[0].get("path")
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` = a GPU where there is one.
+    """Choose a device by name; `auto` = a GPU where there is one.
 
     Raises:
         ValueError: cuda was asked for and is not there.
@@ -143,5 +145,5 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """What was asked for, else bf16 on a GPU, where the kernels are for it, and fp32 elsewhere."""
+    """Choose a dtype: the one asked for, else bf16 on a GPU, for which the kernels are, else fp32."""
     return DTYPES[name or ("bf16" if device.type == "cuda" else "fp32")]

@@ -1,7 +1,7 @@
-"""A checkpoint's manifest, read as a stranger's file: nothing in it is believed before it was checked.
+"""Reads a checkpoint's manifest as a stranger's file: nothing in it is believed before it was checked.
 
 Invariant: a Manifest makes sense in itself: every tensor is covered by its boxes, each element once, and
-every name stays in the folder. Whether the files are what it says is for train/checkpoint/restore.py.
+every name stays in the folder. Whether the files are what it says, train/checkpoint/restore.py checks.
 """
 
 import json
@@ -19,7 +19,7 @@ from train.checkpoint.storage import FORMAT, MANIFEST, CheckpointError, checksum
 from train.checkpoint.tensor_file import DTYPES, FileFacts
 
 MAX_BYTES = 2**28
-"""Of a manifest; 80 layers on 1024 ranks take 2^26."""
+"""Largest manifest that is read; 80 layers on 1024 ranks take 2^26."""
 MAX_DIMS, MAX_SIZE = 4, 2**53
 FILE_NAME = re.compile(r"rank-[0-9]{5,7}\.safetensors")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,254}")
@@ -77,10 +77,10 @@ class Manifest:
         return self.facts.get("kind") == "weights"
 
     def part(self, key: str) -> Mapping[str, Any]:
-        """A fact that must be an object.
+        """Look up a fact that must be an object.
 
         Raises:
-            CheckpointError: it is not there, or something else.
+            CheckpointError: the fact is not there, or something else.
         """
         value = self.facts.get(key)
         if not isinstance(value, dict):
@@ -89,13 +89,14 @@ class Manifest:
 
 
 def read_manifest(folder: Path, *, is_checked: bool = True) -> Manifest:
-    """The manifest of a checkpoint folder.
+    """Read the manifest of a checkpoint folder.
 
     Args:
-        is_checked: refuse one whose checksum is wrong, or that knows no hashes of its files.
+        folder: the checkpoint, `step-N`.
+        is_checked: refuse a manifest whose checksum is wrong, or that knows no hashes of its files.
 
     Raises:
-        CheckpointError: it is missing, damaged, of another format or nonsense; the text names the file.
+        CheckpointError: the manifest is missing, damaged, of another format or nonsense; the text names it.
     """
     path = folder / MANIFEST
     try:
@@ -125,7 +126,7 @@ def read_manifest(folder: Path, *, is_checked: bool = True) -> Manifest:
 
 
 def _parse_json(text: str) -> Any:
-    """JSON as the standard has it.
+    """Parse JSON as the standard has it.
 
     Raises:
         ValueError: no JSON, a key twice in an object, or a number that is none.
@@ -152,17 +153,17 @@ def _parse_json(text: str) -> Any:
 
 
 def show(value: object) -> str:
-    """A foreign value for people: one line, not long, nothing that a terminal obeys."""
+    """Print a foreign value for people: one line, not long, nothing that a terminal obeys."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def require_file(path: Path) -> int:
-    """Size of a regular file; a link or a pipe is none.
+    """Measure a regular file in bytes.
 
     Raises:
-        OSError: it is not there.
-        ValueError: it is something else.
+        OSError: the file is not there.
+        ValueError: it is something else: a link, a pipe.
     """
     facts = path.lstat()
     if not stat.S_ISREG(facts.st_mode):
@@ -180,7 +181,7 @@ def _read_text(path: Path) -> str:
 
 
 def _files(content: dict[str, Any], is_checked: bool) -> dict[str, FileFacts]:
-    """What the manifest says about the files, by path in the folder."""
+    """Take from the content what it says about the files, by path in the folder."""
     if "files" not in content and not is_checked:
         return {}
     groups: list[tuple[str, Any, Callable[[str], Any]]] = [
@@ -237,7 +238,7 @@ def _stored_box(
 
 
 def _tile(whole: tuple[int, ...], boxes: tuple[StoredBox, ...]) -> bool:
-    """Whether the boxes cover the whole, each element once.
+    """Tell whether the boxes cover the whole, each element once.
 
     How often an element is covered is the sum of the boxes' indicator functions; that sum is the whole's
     own if and only if their mixed differences are the same: the corners, with alternating signs.

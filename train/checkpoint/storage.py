@@ -1,7 +1,7 @@
-"""Checkpoint folders: one safetensors file a rank, and a JSON manifest that says which box lies where.
+"""Writes checkpoint folders: a safetensors file for each rank, a JSON manifest of which box lies where.
 
 A folder is written beside its final name and renamed when complete; without a manifest it is no checkpoint.
-Names with a dot are leftovers, which the next start removes. train/checkpoint/restore.py reads checkpoints.
+A name that begins with a dot is a leftover, which the next start removes.
 """
 
 import errno
@@ -36,7 +36,7 @@ ManifestPart = dict[str, dict[str, Any]]
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read; the text names the file and the reason."""
+    """Raised for a checkpoint that cannot be read; the text names the file and the reason."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Box:
     """A part of a named global tensor on this rank."""
 
     tensor: Tensor
-    """[local shape], written to or read into."""
+    """[local shape] values of the part, to be saved or filled."""
     shape: tuple[int, ...]
-    """Global shape."""
+    """Shape of the global tensor."""
     offset: tuple[int, ...]
     """Global index of the part's first element."""
 
@@ -62,7 +62,7 @@ def file_name(number: int) -> str:
 
 
 def failpoint(name: str) -> None:
-    """A place in the writing of a checkpoint where a test may let a process die or meet an error."""
+    """Do nothing: a test may let a process die or meet an error at this place of the writing."""
 
 
 def write_shard(folder: Path, rank: int, boxes: Mapping[str, Box]) -> ManifestPart:
@@ -104,13 +104,13 @@ def manifest_part(file: str, facts: FileFacts, boxes: Mapping[str, Box]) -> Mani
 
 
 def free_bytes(folder: Path) -> int:
-    """What may still be written to the folder's file system; quotas are not seen."""
+    """Ask how many bytes the folder's file system still takes; quotas are not seen."""
     facts = os.statvfs(folder)
     return facts.f_bavail * facts.f_frsize
 
 
 def no_room(need: int, have: int) -> str:
-    """What a full disk means."""
+    """Word the error of a full disk; both arguments are bytes."""
     return f"No space left: need {need / 2**30:.3g} GiB, have {have / 2**30:.3g}"
 
 
@@ -157,7 +157,7 @@ def retire(root: Path, *, keep: int | None, keep_every: int | None) -> None:
 
 
 def sweep(root: Path) -> None:
-    """Remove what a killed job left; give its name back to a checkpoint that was being replaced."""
+    """Remove what a killed job left, and give its name back to a checkpoint that was being replaced."""
     for path in root.glob(".old-step-*"):
         final = path.with_name(path.name.removeprefix(".old-"))
         if not final.exists():
@@ -169,7 +169,7 @@ def sweep(root: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder, if it is there; what cannot be removed is a warning, the next start tries again."""
+    """Remove a folder, if it is there; if that fails, warn: the next start tries again."""
     if folder.exists():
         try:
             shutil.rmtree(folder)
@@ -178,7 +178,7 @@ def discard(folder: Path) -> None:
 
 
 def checksum(manifest: Mapping[str, Any]) -> str:
-    """sha256 of the manifest's content, whatever its order and spacing."""
+    """Hash the manifest's content by sha256, whatever its order and spacing."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 

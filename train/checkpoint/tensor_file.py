@@ -128,5 +128,5 @@ class TensorFileWriter:
 
 
 def _memory(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor on the host."""
+    """View a tensor on the host as bytes."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
