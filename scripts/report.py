@@ -26,7 +26,7 @@ from scripts.reporting.charts import (
     number,
     smooth,
 )
-from train.monitor.dashboards import Alert, ExpertWatch
+from train.monitor.alerts import Alert, ExpertWatch
 
 Row = TypeVar("Row")
 STATUS = {

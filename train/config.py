@@ -27,10 +27,10 @@ from parallel.optimizer import OptimizerConfig
 from train.checkpoint.contents import CheckpointConfig, Resume
 from train.checkpoint.rewind import RewindConfig
 from train.guard.spikes import HealthConfig, Rerun
-from train.monitor.dashboards import WandbConfig
 from train.monitor.event_files import TensorboardConfig
 from train.monitor.metrics import LogConfig
 from train.monitor.tracing import ProfileConfig
+from train.monitor.wandb_run import WandbConfig
 from train.schedule.curriculum import StageConfig
 from train.schedule.learning_rate import ScheduleConfig
 

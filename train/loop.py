@@ -17,7 +17,7 @@ from train.curriculum_stages import stage_of, total_steps
 from train.guard.integrity import DamagedStateError
 from train.guard.signals import Ending, StoppedEarly
 from train.guard.stragglers import SectionClock, find_slow, gather_times
-from train.monitor.dashboards import Alert
+from train.monitor.alerts import Alert
 from train.monitor.expert_counts import read_counts
 from train.monitor.metrics import Throughput, peak_flops
 from train.monitor.tracing import Tracer

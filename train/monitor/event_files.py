@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from train.monitor.dashboards import Alert, expert_maps, expert_values, panel_values
+from train.monitor.alerts import Alert
+from train.monitor.heat_maps import expert_maps
+from train.monitor.wandb_run import expert_values, panel_values
 
 log = logging.getLogger(__name__)
 

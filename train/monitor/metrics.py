@@ -18,8 +18,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from train.monitor.dashboards import Alert, Dashboard, ExpertWatch, WandbConfig
+from train.monitor.alerts import Alert, ExpertWatch
 from train.monitor.event_files import EventFiles, TensorboardConfig
+from train.monitor.wandb_run import Dashboard, WandbConfig
 
 log = logging.getLogger(__name__)
 

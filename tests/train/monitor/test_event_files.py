@@ -10,10 +10,11 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.train.monitor.test_dashboards import LOAD, experts_of, record_of
-from train.monitor.dashboards import LOAD_LIMIT, heat_map, load_share, panel_values
+from tests.support.expert_records import LOAD, experts_of, record_of
 from train.monitor.event_files import TensorboardConfig, TensorboardMode
+from train.monitor.heat_maps import LOAD_LIMIT, heat_map, load_share
 from train.monitor.metrics import LogConfig, MetricsWriter
+from train.monitor.wandb_run import panel_values
 
 FILES = TensorboardConfig(mode=TensorboardMode.files)
 

@@ -208,3 +208,19 @@ def test_first_signal_stays() -> None:
     for number in (15, 2):
         stop._note(number, None)
     assert stop.is_set and stop.signal_name == "SIGTERM"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"every": 0}, "log.every=0 must be at least 1"),
+        ({"dead_after": 0}, "log.dead_after=0 must be at least 1, or null"),
+        ({"max_drop_rate": 1.5}, r"log.max_drop_rate=1.5 must lie in \[0, 1\], or null"),
+        ({"max_drop_rate": math.nan}, r"log.max_drop_rate=nan must lie in \[0, 1\], or null"),
+    ],
+)
+def test_log_config_ranges(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LogConfig(**changes)
+    LogConfig(every=1, dead_after=1, max_drop_rate=0.0)
+    LogConfig(dead_after=None, max_drop_rate=None)

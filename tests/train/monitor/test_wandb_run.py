@@ -1,9 +1,8 @@
-"""Expert load for people: what an offline wandb run holds, when alerts come, the pixels of the heat maps."""
+"""What an offline wandb run holds, and what happens when wandb fails."""
 
 import io
 import json
 import logging
-import math
 import shutil
 import struct
 from collections.abc import Iterator
@@ -17,69 +16,12 @@ from PIL import Image
 from rich.console import Console
 from wandb.proto import wandb_internal_pb2
 
-from train.monitor.dashboards import (
-    BOTTOM,
-    COLD,
-    HOT,
-    LEFT,
-    NEUTRAL,
-    RIGHT,
-    SWATCH,
-    TOP,
-    UNKNOWN,
-    Alert,
-    Dashboard,
-    ExpertWatch,
-    WandbConfig,
-    WandbMode,
-    expert_values,
-    heat_map,
-    layer_drop_rates,
-    load_histogram,
-    load_share,
-)
+from tests.support.expert_records import experts_of, record_of
+from tests.support.map_cells import between, cells
+from train.monitor.alerts import Alert
+from train.monitor.heat_maps import BOTTOM, COLD, HOT, LEFT, NEUTRAL, RIGHT, SWATCH, TOP, UNKNOWN
 from train.monitor.metrics import LogConfig, MetricsWriter
-
-LOAD = [[20, 10, 0, 50], [20, 20, 20, 20]]
-
-
-def record_of(step: int, **changes: Any) -> dict[str, Any]:
-    return {
-        "step": step,
-        "tokens": step * 4096,
-        "loss": 2.5,
-        "aux_loss": 1.25,
-        "grad_norm": 0.5,
-        "lr": 3e-4,
-        "tokens_per_second": 1000.0,
-        "mfu": None,
-        "max_memory_gib": None,
-        "drop_rate": 0.0,
-        "moved_rate": 0.125,
-        "router_entropy": 1.375,
-        "z_loss": 0.75,
-        "max_violation": 1.5,
-        "skipped": 0,
-        "stage": step // 4,
-        "row_tokens": 256,
-        "checkpoint_age_steps": step - 1,
-        "spike_score": None,
-        **changes,
-    }
-
-
-def experts_of(step: int, load: Any = LOAD, **changes: Any) -> dict[str, Any]:
-    layers, experts = len(load), len(load[0])
-    return {
-        "step": step,
-        "load": load,
-        "dropped": [[0] * experts] * layers,
-        "moved": [20, 0],
-        "max_violation": [1.5, 0.0],
-        "entropy": [1.25, 1.5],
-        "aux_loss": [1.5, 1.0],
-        **changes,
-    }
+from train.monitor.wandb_run import Dashboard, WandbConfig, WandbMode, expert_values
 
 
 def wandb_records(path: Path) -> Iterator[Any]:
@@ -272,9 +214,9 @@ def test_our_own_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path
 
     dashboard = Dashboard(WandbConfig(), name="mine", run_dir=tmp_path, config={})
     dashboard.run = BrokenRun()
-    for name in ("heat_map", "load_histogram", "expert_values"):
+    for name in ("expert_maps", "load_histogram", "expert_values"):
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(f"train.monitor.dashboards.{name}", fail)
+            patch.setattr(f"train.monitor.wandb_run.{name}", fail)
             dashboard.write(record_of(1), experts_of(1))
 
 
@@ -284,140 +226,3 @@ def test_layer_names_sort_and_older_records_pass() -> None:
     curve = [key for key in values if key.startswith("moe/drop_rate/")]
     assert curve == sorted(curve) and curve[0] == "moe/drop_rate/layer_000"
     assert len(values) == 102 and values["moe/dead_experts"] == 0
-
-
-def test_drop_rate_of_a_layer_without_choices_is_zero() -> None:
-    load, dropped = np.array([[0.0, 0], [3, 5], [8, 8]]), np.array([[0.0, 0], [0, 2], [0, 2]])
-    assert layer_drop_rates(load, dropped).tolist() == [0, 0.25, 0.125]
-
-
-BALANCED = [[10, 10], [10, 10]]
-
-
-def titles(watch: ExpertWatch, *loads: Any, **changes: Any) -> list[list[str]]:
-    """Texts of the alerts after each load."""
-    return [
-        [alert.text for alert in watch.feed(record_of(step, **changes), experts_of(step, load))]
-        for step, load in enumerate(loads, start=1)
-    ]
-
-
-def test_a_dead_expert_is_reported_at_each_begin() -> None:
-    watch = ExpertWatch(dead_after=2, max_drop_rate=None)
-    dead = [[20, 0], [10, 10]]
-    texts = titles(watch, BALANCED, dead, dead, dead, BALANCED, dead, dead, dead)
-    assert [len(found) for found in texts] == [0, 0, 1, 0, 0, 0, 1, 0]
-    assert texts[2][0].startswith("step 3: layer 0 expert 1: no choice in 2 intervals")
-    other = [[20, 0], [0, 20]]
-    assert [len(found) for found in titles(watch, other, other, other)] == [0, 1, 0]
-
-
-def test_a_second_death_names_only_the_new_expert() -> None:
-    watch = ExpertWatch(dead_after=1, max_drop_rate=None)
-    ((first,), (second,)) = titles(watch, [[20, 0], [10, 10]], [[20, 0], [0, 20]])
-    assert "layer 0 expert 1:" in first and "1 dead in all" in first
-    assert "layer 0" not in second and "layer 1 expert 0:" in second and "2 dead in all" in second
-
-
-def test_many_dead_experts_are_counted() -> None:
-    watch = ExpertWatch(dead_after=1, max_drop_rate=None)
-    (((text),),) = titles(watch, [[160] + [0] * 15, [10] * 16])
-    assert "layer 0 expert 5 and 10 more: no choice" in text and "expert 6" not in text
-    assert "15 dead in all" in text
-
-
-def test_small_loads_say_nothing_about_silence() -> None:
-    watch = ExpertWatch(dead_after=2, max_drop_rate=None)
-    small, dead = [[15, 0], [15, 0]], [[16, 0], [15, 0]]
-    counts = [len(found) for found in titles(watch, small, small, small, dead, small, dead, small, dead)]
-    assert counts == [0, 0, 0, 0, 0, 1, 0, 0]
-    alive = [[0, 1], [1, 1]]  # too few choices on average, but there is one
-    assert [len(found) for found in titles(watch, alive, dead, dead)] == [0, 0, 1]
-
-
-def test_drops_are_reported_at_each_begin() -> None:
-    watch = ExpertWatch(dead_after=None, max_drop_rate=0.1)
-    found = []
-    for step, rate in enumerate([0.1, 0.11, 0.2, 0.1, 0.3], start=1):
-        experts = experts_of(step, BALANCED, dropped=[[1, 1], [1, 3]])
-        found.append([alert.text for alert in watch.feed(record_of(step, drop_rate=rate), experts)])
-    assert [len(texts) for texts in found] == [0, 1, 0, 0, 1]
-    assert found[1][0].startswith(
-        "step 2: 11.0% of the choices were dropped, more than log.max_drop_rate=0.1;"
-    )
-    assert "worst is layer 1 with 20.0%" in found[1][0]
-
-
-def test_small_loads_say_nothing_about_drops() -> None:
-    watch = ExpertWatch(dead_after=None, max_drop_rate=0.1)
-    assert titles(watch, [[7, 8], [7, 8]], drop_rate=0.9) == [[]]
-    assert len(titles(watch, [[8, 8], [8, 8]], drop_rate=0.9)[0]) == 1
-
-
-def test_null_never_warns() -> None:
-    watch = ExpertWatch(dead_after=None, max_drop_rate=None)
-    assert titles(watch, *[[[90, 0], [90, 0]]] * 5, drop_rate=1.0) == [[]] * 5
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"every": 0}, "log.every=0 must be at least 1"),
-        ({"dead_after": 0}, "log.dead_after=0 must be at least 1, or null"),
-        ({"max_drop_rate": 1.5}, r"log.max_drop_rate=1.5 must lie in \[0, 1\], or null"),
-        ({"max_drop_rate": math.nan}, r"log.max_drop_rate=nan must lie in \[0, 1\], or null"),
-    ],
-)
-def test_log_config_ranges(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LogConfig(**changes)
-    LogConfig(every=1, dead_after=1, max_drop_rate=0.0)
-    LogConfig(dead_after=None, max_drop_rate=None)
-
-
-def between(a: tuple[int, ...], b: tuple[int, ...], share: float) -> tuple[int, ...]:
-    return tuple(round(x + share * (y - x)) for x, y in zip(a, b, strict=True))
-
-
-def cells(picture: Image.Image, layers: int, experts: int) -> list[list[Any]]:
-    """The colour inside each cell; the cells fill what the margins leave."""
-    size = (picture.height - TOP - BOTTOM) // layers
-    pixels = picture.convert("RGB")
-    return [
-        [pixels.getpixel((LEFT + c * size + size // 2, TOP + r * size + size // 2)) for c in range(experts)]
-        for r in range(layers)
-    ]
-
-
-def test_map_of_extreme_loads() -> None:
-    load = np.array([[0.0, 0, 0, 0], [0, 0, 64, 0], [5, 5, 5, 5]])
-    share = load_share(load)
-    assert np.isnan(share[0]).all() and share[1:].tolist() == [[0, 0, 4, 0], [1, 1, 1, 1]]
-    picture = heat_map(share, centre=1, limit=2)
-    assert cells(picture, 3, 4) == [[UNKNOWN] * 4, [COLD, COLD, HOT, COLD], [NEUTRAL] * 4]
-    counts, edges = load_histogram(load)
-    assert (counts.sum(), counts[0], counts[-1], edges[-1]) == (8, 3, 1, 4.0)
-    nothing = np.zeros((2, 3))
-    assert cells(heat_map(load_share(nothing), centre=1, limit=2), 2, 3) == [[UNKNOWN] * 3] * 2
-    assert load_histogram(nothing)[0].sum() == 0
-
-
-@pytest.mark.parametrize(
-    ("layers", "experts", "cell"), [(80, 32, 8), (2, 4, 32), (1, 1, 32), (60, 256, 8), (40, 8, 16)]
-)
-def test_cells_of_a_map_are_readable(layers: int, experts: int, cell: int) -> None:
-    values = np.linspace(0, 2, layers * experts).reshape(layers, experts)
-    picture = heat_map(values, centre=1, limit=2)
-    width = LEFT + max(experts * cell, 5 * SWATCH) + RIGHT
-    assert picture.size == (width, TOP + layers * cell + BOTTOM)
-    right, bottom = LEFT + experts * cell - 1, TOP + layers * cell - 1
-    corner = between(NEUTRAL, HOT, 1.0) if layers * experts > 1 else COLD
-    assert picture.getpixel((right - 1, bottom - 1)) == corner
-    assert picture.getpixel((right, bottom - 1)) == picture.getpixel((right - 1, bottom)) == (255, 255, 255)
-    assert picture.crop((0, TOP, LEFT, TOP + cell)).getcolors(1000) != [(LEFT * cell, (255, 255, 255))]
-
-
-def test_legend_shows_the_scale() -> None:
-    picture = heat_map(np.ones((2, 2)), centre=1, limit=2)
-    row = [picture.getpixel((LEFT + (i * SWATCH) + 3, picture.height - BOTTOM + 10)) for i in range(5)]
-    assert row == [COLD, between(NEUTRAL, COLD, 0.5), NEUTRAL, between(NEUTRAL, HOT, 0.5), HOT]
