@@ -24,7 +24,7 @@ from model.decoding import decoding
 from model.sampling import Sampling, continue_prompts
 from model.transformer import Transformer
 from scripts.needles import KEYS, SENTENCES, encoder, make_task
-from scripts.reporting.charts import SCRIPT, STYLE, Series, line_chart, lone_svg, share_map
+from scripts.reporting.charts import SCRIPT, STYLE, Series, draw_heat_map, line_chart, lone_svg
 from train.checkpoint.load_model import (
     DTYPES,
     choose_device,
@@ -35,6 +35,7 @@ from train.checkpoint.load_model import (
 )
 from train.checkpoint.manifest import Manifest
 from train.checkpoint.storage import CheckpointError
+from train.monitor.heat_maps import HeatMap
 
 REACH = (0.25, 0.5, 1, 2, 4)
 """Default lengths, in rows of the training."""
@@ -171,7 +172,12 @@ def niah(
         print(f"{name:>8}" + "".join(f"{cell:>9}" for cell in line))
     trained = trained_length(checkpoint)
     title = f"Needles found, % (trained at {trained:,} tokens)" if trained else "Needles found, %"
-    figure = share_map(title, found, rows=("depth", percents), columns=("tokens", labels))
+    heat_map = HeatMap(100 * found, ("depth", percents), ("tokens", labels), 0, 100)
+
+    def tip(r: int, c: int) -> str:
+        return f"depth {percents[r]}, {labels[c]} tokens: {100 * found[r, c]:.1f} %"
+
+    figure = draw_heat_map(title, heat_map, tip, hue="good", has_numbers=True)
     results = {"depths": depths.tolist(), "found": found.tolist(), "samples": args.samples}
     results |= {"distractors": args.distractors, "seed": args.seed, "mean": found.mean(0).tolist()}
     return figure, {**facts(checkpoint, lengths), **results}

@@ -20,13 +20,14 @@ from scripts.reporting.charts import (
     SCRIPT,
     STYLE,
     Series,
-    heat_map,
+    draw_heat_map,
     line_chart,
     merge_columns,
     number,
     smooth,
 )
 from train.monitor.alerts import Alert, ExpertWatch
+from train.monitor.heat_maps import LOAD_LIMIT, HeatMap, load_share, ratio
 
 Row = TypeVar("Row")
 STATUS = {
@@ -158,19 +159,17 @@ def expert_section(rows: list[ExpertRow]) -> str:
     """Heat maps of load, drops and moves, and the extreme experts of the last interval."""
     if not rows:
         return "<p>No expert load was logged.</p>"
-    last, mean = rows[-1], np.stack([row.load.mean(axis=1) for row in rows], axis=1)
-    total_load, total_dropped = (
-        np.sum([getattr(row, k) for row in rows], axis=0) for k in ("load", "dropped")
-    )
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share = last.load / last.load.mean(axis=1, keepdims=True)
-        peak = np.stack([row.load.max(axis=1) for row in rows], axis=1) / mean
-        moved = 100 * np.stack([row.moved for row in rows], axis=1) / (mean * last.load.shape[1])
-        dropped = 100 * total_dropped / total_load
+    last, loads = rows[-1], np.stack([row.load for row in rows])
+    total_load, total_dropped = loads.sum(0), np.sum([row.dropped for row in rows], axis=0)
+    share, dropped = load_share(last.load), 100 * ratio(total_dropped, total_load)
+    peak = ratio(loads.max(2), loads.mean(2)).T
+    moved = 100 * ratio(np.stack([row.moved for row in rows]), loads.sum(2)).T
     steps = [row.step for row in rows]
-    charts = [_expert_map(f"Load / mean at step {last.step} (1 = balanced)", share, last.load, 1, 2)]
-    charts.append(_time_map("Busiest expert / mean over time", peak, steps, 1, max(2.0, _top(peak, 0.95))))
-    charts += _extremes(share, last.load)
+    charts = [
+        _expert_map(f"Load / mean at step {last.step} (1 = balanced)", share, last.load, 1, LOAD_LIMIT),
+        _time_map("Busiest expert / mean over time", peak, steps, 1, max(LOAD_LIMIT, _top(peak, 0.95))),
+        *_extremes(share, last.load),
+    ]
     if total_dropped.any():
         title = "Dropped choices of the whole run (%)"
         charts.append(_expert_map(title, dropped, total_dropped, 0, _top(dropped)))
@@ -185,24 +184,21 @@ def _top(values: np.ndarray, quantile: float = 1.0) -> float:
 
 
 def _expert_map(title: str, values: np.ndarray, counts: np.ndarray, centre: float, limit: float) -> str:
-    layers, experts = values.shape
-    tips = [
-        [f"layer {r}, expert {c}: {values[r, c]:.3g} ({counts[r, c]:,.0f} choices)" for c in range(experts)]
-        for r in range(layers)
-    ]
-    return heat_map(title, values, tips, columns="expert", labels=range(experts), centre=centre, limit=limit)
+    layers, experts = map(range, values.shape)
+    heat_map = HeatMap(values, ("layer", layers), ("expert", experts), centre, limit)
+
+    def tip(r: int, c: int) -> str:
+        return f"layer {r}, expert {c}: {values[r, c]:.3g} ({counts[r, c]:,.0f} choices)"
+
+    return draw_heat_map(title, heat_map, tip)
 
 
 def _time_map(title: str, values: np.ndarray, steps: list[int], centre: float, limit: float) -> str:
-    merged = merge_columns(values)
-    names = [str(steps[a]) if a == b else f"{steps[a]} to {steps[b]}" for a, b, _ in merged]
-    matrix = np.stack([top for _, _, top in merged], axis=1)
-    tips = [
-        [f"layer {r}, step {name}: {v:.3g}" for name, v in zip(names, row, strict=True)]
-        for r, row in enumerate(matrix)
-    ]
-    labels = [steps[b] for _, b, _ in merged]
-    return heat_map(title, matrix, tips, columns="step", labels=labels, centre=centre, limit=limit)
+    spans, matrix = merge_columns(values)
+    names = [str(steps[a]) if a == b else f"{steps[a]} to {steps[b]}" for a, b in spans]
+    columns = ("step", [f"{steps[b]:,}" for _, b in spans])
+    heat_map = HeatMap(matrix, ("layer", range(len(matrix))), columns, centre, limit)
+    return draw_heat_map(title, heat_map, lambda r, c: f"layer {r}, step {names[c]}: {matrix[r, c]:.3g}")
 
 
 def _extremes(share: np.ndarray, load: np.ndarray) -> list[str]:

@@ -7,13 +7,15 @@ Colours are CSS classes, so one picture serves light and dark. Every shape carri
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from train.monitor.heat_maps import LEGEND, Cell, HeatMap
 
 MAX_POINTS = 2000
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 10, 34  # margins around the plotting area, in SVG units
@@ -144,85 +146,49 @@ def line_chart(
     return _figure(title, "".join(keys), f'data-series="{data}"', width, height, "".join(body) + cursor)
 
 
-def heat_map(
+def draw_heat_map(
     title: str,
-    values: np.ndarray,
-    tips: Sequence[Sequence[str]],
+    heat_map: HeatMap,
+    tip: Callable[[int, int], str],
     *,
-    columns: str,
-    labels: Sequence[int],
-    centre: float,
-    limit: float,
-    width: int = 560,
+    hue: str = "hot",
+    has_numbers: bool = False,
 ) -> str:
-    """Draw a matrix [layers, columns] around a neutral value.
+    """Draw a heat map.
 
     Args:
         title: what is shown, with the unit.
-        values: [layers, columns]; NaN stays neutral.
-        tips: the hover text of each cell.
-        columns: what a column is.
-        labels: one number for each column.
-        centre: the neutral value; colours below it run down to 0.
-        limit: the value at which the upper colour saturates.
-        width: of the drawing, in SVG units.
+        heat_map: the matrix and its labels.
+        tip: the hover text of the cell in a row and column.
+        hue: CSS class of the upper colour.
+        has_numbers: whether each cell shows its value.
     """
-    rows, cols = values.shape
-    top, cell_w, cell_h = 34, (width - LEFT - RIGHT) / cols, min(22.0, max(5.0, 260 / rows))
-    right, bottom = width - RIGHT, top + rows * cell_h
-    size = f'width="{cell_w:.2f}" height="{cell_h:.2f}"'
-    body = [f'<rect class="mid" x="{LEFT}" y="{top}" width="{right - LEFT}" height="{bottom - top:.1f}"/>']
-    for r, c in np.ndindex(rows, cols):
-        box = f'x="{LEFT + c * cell_w:.2f}" y="{top + r * cell_h:.2f}" {size} data-tip="{escape(tips[r][c])}"'
-        body.append(f"<rect {_shade(float(values[r, c]), centre, limit)} {box}/>")
-    lines = [f"M{LEFT} {top + r * cell_h:.2f}H{right}" for r in range(1, rows) if cell_h >= 6]
-    lines += [f"M{LEFT + c * cell_w:.2f} {top}V{bottom:.2f}" for c in range(1, cols) if cell_w >= 6]
-    body.append(f'<path class="gap" d="{"".join(lines)}"/>')
-    for r in range(0, rows, max(1, math.ceil(14 / cell_h))):
-        body.append(_text(LEFT - 6, top + (r + 0.5) * cell_h + 4, str(r), "end"))
-    for c in range(0, cols, max(1, math.ceil(44 / cell_w) if cell_w < 22 else 1)):
-        body.append(_text(LEFT + (c + 0.5) * cell_w, bottom + 15, f"{labels[c]:,}"))
-    body.append(_text((LEFT + right) / 2, bottom + 30, columns))
-    middle = (top + bottom) / 2
-    body.append(f'<text transform="rotate(-90 14 {middle:.1f})" x="14" y="{middle:.1f}">layer</text>')
-    body.append(_legend(right, centre, limit, cold=bool((values < centre).any())))
-    return _figure(title, "", "", width, bottom + 36, "".join(body))
+    values = heat_map.values
+    size = 490 / values.shape[1], 26.0 if has_numbers else min(22.0, max(5.0, 260 / len(values)))
+    cells, labels = heat_map.cells(*size), [*heat_map.labels(*size)]
+    if has_numbers:  # which say more than the legend
+        cells, labels = cells[:-LEGEND], labels[:-LEGEND]
+    tips = [f' data-tip="{escape(tip(r, c))}"' for r, c in np.ndindex(*values.shape)]
+    tips += [""] * (len(cells) - len(tips))  # of the legend
+    body = [
+        '<path class="mid" d="',
+        *(f"M{x:.2f} {y:.2f}h{width:.2f}v{height:.2f}h-{width:.2f}z" for x, y, width, height, _ in cells),
+        f'"/><g class="cells" stroke-width="{min(1.0, min(size) / 8):.2f}">',
+        *(_cell(cell, hue, more) for cell, more in zip(cells, tips, strict=True)),
+        "</g>",
+        *(_text(*label) for label in labels),
+    ]
+    if has_numbers:
+        shown = zip(cells, values.flat, strict=False)
+        body += [_text(x + w / 2, y + h / 2 + 4, f"{v:.0f}", style="ink") for (x, y, w, h, _), v in shown]
+    return _figure(title, "", "", *heat_map.size(*size), "".join(body))
 
 
-def share_map(
-    title: str, shares: np.ndarray, *, rows: tuple[str, Sequence[str]], columns: tuple[str, Sequence[str]]
-) -> str:
-    """Draw a table of shares, [rows, columns] in [0, 1], each with its per cent; 1 has the full colour.
-
-    Args:
-        rows, columns: what one is, and the label of each.
-    """
-    width, top, cell_w, cell_h = 560, TOP, (560 - LEFT - RIGHT) / shares.shape[1], 26.0
-    bottom, body = top + cell_h * len(shares), []
-    for r, c in np.ndindex(*shares.shape):
-        x, y, share = LEFT + c * cell_w, top + r * cell_h, float(shares[r, c])
-        box = f'x="{x:.2f}" y="{y:.2f}" width="{cell_w:.2f}" height="{cell_h:.2f}"'
-        tip = escape(f"{rows[0]} {rows[1][r]}, {columns[1][c]} {columns[0]}: {100 * share:.1f} %")
-        body.append(
-            f'<rect class="mid" {box}/>'
-            f'<rect class="good" {box} fill-opacity="{0.7 * share:.2f}" data-tip="{tip}"/>'
-        )
-        body.append(
-            _text(x + cell_w / 2, y + cell_h / 2 + 4, f"{100 * share:.0f}").replace(
-                "<text", '<text class="ink"'
-            )
-        )
-    lines = [f"M{LEFT} {top + r * cell_h:.2f}H{width - RIGHT}" for r in range(1, len(shares))]
-    lines += [f"M{LEFT + c * cell_w:.2f} {top}V{bottom:.2f}" for c in range(1, shares.shape[1])]
-    body.append(f'<path class="gap" d="{"".join(lines)}"/>')
-    body += [_text(LEFT - 6, top + (r + 0.5) * cell_h + 4, label, "end") for r, label in enumerate(rows[1])]
-    body += [_text(LEFT + (c + 0.5) * cell_w, bottom + 15, label) for c, label in enumerate(columns[1])]
-    body.append(_text((LEFT + width - RIGHT) / 2, bottom + 30, columns[0]))
-    middle = (top + bottom) / 2
-    body.append(
-        f'<text transform="rotate(-90 14 {middle:.1f})" x="14" y="{middle:.1f}">{escape(rows[0])}</text>'
-    )
-    return _figure(title, "", "", width, bottom + 36, "".join(body))
+def _cell(cell: Cell, hue: str, tip: str) -> str:
+    kind = hue if cell.strength >= 0 else "cold" if cell.strength < 0 else "unknown"
+    opacity = "" if kind == "unknown" else f' fill-opacity="{abs(cell.strength):.2f}"'
+    box = f'x="{cell.x:.2f}" y="{cell.y:.2f}" width="{cell.width:.2f}" height="{cell.height:.2f}"'
+    return f'<rect class="{kind}"{opacity} {box}{tip}/>'
 
 
 def lone_svg(figure: str) -> str:
@@ -230,23 +196,23 @@ def lone_svg(figure: str) -> str:
     svg = figure[figure.index("<svg") : figure.index("</svg>")]
     head, _, body = svg.partition(">")
     head = re.sub(r' data-series="[^"]*"', "", head)  # for hovering, which needs the page's script
-    label, width, height = (
-        re.search(pattern, head)[1]  # type: ignore[index]  # _figure wrote them
-        for pattern in (r'aria-label="([^"]*)"', r'viewBox="0 0 ([\d.]+) ', r'viewBox="0 0 [\d.]+ (\d+)"')
-    )
+    found = re.search(r'aria-label="([^"]*)" viewBox="0 0 (\d+) (\d+)"', head)
+    assert found, "a figure of _figure"
+    label, width, height = found[1], int(found[2]), int(found[3]) + 28
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -28 {width} {int(height) + 28}"><style>{STYLE}'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -28 {width} {height}"><style>{STYLE}'
         f".cursor {{ display: none; }} svg text {{ font-family: sans-serif; }}</style>"
-        f'<rect class="card" y="-28" width="{width}" height="{int(height) + 28}"/>'
-        f'<text class="ink" x="{float(width) / 2:.0f}" y="-8">{label}</text>{body}</svg>\n'
+        f'<rect class="card" y="-28" width="{width}" height="{height}"/>'
+        f'<text class="ink" x="{width // 2}" y="-8">{label}</text>{body}</svg>\n'
     )
 
 
-def merge_columns(values: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
-    """Join neighbours of [layers, time] by maximum: at most MAX_COLUMNS triples (first, last, column)."""
+def merge_columns(values: np.ndarray) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """Join neighbours of [layers, time] by maximum: the first and last of each, and MAX_COLUMNS columns."""
     groups = np.array_split(np.arange(values.shape[1]), min(MAX_COLUMNS, values.shape[1]))
     # fmax: a NaN column (an interval without choices) does not hide its neighbours.
-    return [(int(g[0]), int(g[-1]), np.fmax.reduce(values[:, g], axis=1)) for g in groups]
+    merged = np.stack([np.fmax.reduce(values[:, group], axis=1) for group in groups], axis=1)
+    return [(int(group[0]), int(group[-1])) for group in groups], merged
 
 
 def _axes(series: Sequence[Series], width: int, height: int, zero: bool, log: bool) -> tuple[Axis, Axis]:
@@ -296,29 +262,12 @@ def _curve(px: np.ndarray, py: np.ndarray, style: str) -> str:
     return f'<path class="curve {style}" d="{"".join(commands)}"/>' + "".join(circles)
 
 
-def _shade(value: float, centre: float, limit: float) -> str:
-    if not math.isfinite(value):
-        return 'class="mid"'
-    share = (value - centre) / (limit - centre) if value >= centre else (centre - value) / centre
-    return f'class="{"hot" if value >= centre else "cold"}" fill-opacity="{min(share, 1.0):.2f}"'
-
-
-def _legend(right: float, centre: float, limit: float, cold: bool) -> str:
-    samples = [*(np.linspace(0, centre, 5)[:-1] if cold else []), *np.linspace(centre, limit, 5)]
-    left, parts = right - 20 * len(samples), []
-    for i, value in enumerate(samples):
-        box = f'x="{left + 20 * i}" y="2" width="20" height="10"'
-        parts.append(f'<rect class="mid" {box}/><rect {_shade(value, centre, limit)} {box}/>')
-    parts.append(_text(left + 10, 25, number(samples[0])))
-    parts.append(_text(left + 90, 25, number(centre)) if cold else "")
-    return f'<g class="legend">{"".join(parts)}{_text(right, 25, f"≥ {limit:.3g}", "end")}</g>'
-
-
-def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+def _text(x: float, y: float, text: str, anchor: str = "middle", style: str = "") -> str:
+    style = style and f' class="{style}"'
+    return f'<text{style} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _figure(title: str, keys: str, data: str, width: float, height: float, body: str) -> str:
     label = escape(title)
-    svg = f'<svg role="img" aria-label="{label}" viewBox="0 0 {width} {height:.0f}" {data}>{body}</svg>'
+    svg = f'<svg role="img" aria-label="{label}" viewBox="0 0 {width:.0f} {height:.0f}" {data}>{body}</svg>'
     return f"<figure><figcaption><b>{label}</b>{keys}</figcaption>{svg}</figure>"

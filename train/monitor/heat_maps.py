@@ -1,84 +1,133 @@
-"""Pictures of expert load, for wandb and TensorBoard."""
+"""Heat maps: laid out once, painted as pixels here and written as SVG by scripts/reporting/charts.py."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-LOAD_LIMIT, DROP_LIMIT = (
-    2.0,
-    0.5,
-)  # the values at which a map's red is full, fixed so that steps can be compared
+LOAD_LIMIT, DROP_LIMIT = 2.0, 0.5
+"""Values at which the red of a map is full, fixed so that steps can be compared."""
 COLD, NEUTRAL, HOT, UNKNOWN = (42, 111, 214), (237, 237, 234), (208, 59, 59), (176, 176, 180)
 INK = (70, 70, 76)
-LEFT, TOP, RIGHT, BOTTOM = 34, 32, 12, 36  # margins of a map in pixels
-SWATCH = 34  # width of one sample in the legend
+LEFT, TOP, RIGHT, BOTTOM = 56, 34, 14, 36
+"""Margins of a map, in pixels or SVG units."""
+LEGEND, SWATCH = 5, 34
+"""Samples in the legend, and the width of one."""
+
+Axis = tuple[str, Sequence[object]]
+"""What an axis counts, and the label of each row or column."""
+
+
+class Cell(NamedTuple):
+    """A coloured rectangle, in pixels or SVG units."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    strength: float
+    """-1 = coldest, 0 = neutral, 1 = hottest, NaN = unknown."""
+
+
+class Label(NamedTuple):
+    """A text with the place of its baseline's middle or, with the anchor `end`, of its end."""
+
+    x: float
+    y: float
+    text: str
+    anchor: str = "middle"
+
+
+class HeatMap(NamedTuple):
+    """A matrix to be drawn around a neutral value."""
+
+    values: np.ndarray
+    """[rows, columns]; NaN is unknown."""
+    rows: Axis
+    columns: Axis
+    centre: float
+    """Neutral value; colours below it run down to 0."""
+    limit: float
+    """Value at which the upper colour is full."""
+
+    def size(self, width: float, height: float) -> tuple[float, float]:
+        """Width and height of the drawing with cells of a given size."""
+        rows, columns = self.values.shape
+        return LEFT + max(columns * width, LEGEND * SWATCH) + RIGHT, TOP + rows * height + BOTTOM
+
+    def cells(self, width: float, height: float) -> list[Cell]:
+        """Those of the matrix, row by row, then the samples of the legend."""
+        strengths, places = self._strengths(self.values).flat, np.ndindex(*self.values.shape)
+        boxes = [(LEFT + c * width, TOP + r * height, width, height) for r, c in places]
+        boxes += [(x, 2, SWATCH, 10) for x, _ in self._samples(width)]
+        samples = self._strengths(np.array([value for _, value in self._samples(width)]))
+        return [Cell(*box, float(each)) for box, each in zip(boxes, [*strengths, *samples], strict=True)]
+
+    def labels(self, width: float, height: float) -> Iterator[Label]:
+        """Names and labels of both axes, as many as there is room for, and those of the legend."""
+        bottom = TOP + len(self.values) * height
+        yield Label(LEFT - 6, TOP - 6, self.rows[0], "end")
+        yield Label(LEFT + self.values.shape[1] * width / 2, bottom + 30, self.columns[0])
+        rows, columns = (list(map(str, labels)) for _, labels in (self.rows, self.columns))
+        for r in range(0, len(rows), math.ceil(14 / height)):
+            yield Label(LEFT - 6, TOP + (r + 0.5) * height + 4, rows[r], "end")
+        for c in range(0, len(columns), math.ceil((7 * max(map(len, columns)) + 4) / width)):
+            yield Label(LEFT + (c + 0.5) * width, bottom + 15, columns[c])
+        for x, value in self._samples(width):
+            more = "+" if value == self.limit and (self.values > value).any() else ""
+            yield Label(x + SWATCH / 2, 25, f"{value:.3g}{more}")
+
+    def _samples(self, width: float) -> list[tuple[float, float]]:
+        """Left side and value of each sample of the legend, which ends with the drawing."""
+        right = self.size(width, 0)[0] - RIGHT
+        return [(right - (LEGEND - i) * SWATCH, self.limit * i / (LEGEND - 1)) for i in range(LEGEND)]
+
+    def _strengths(self, values: np.ndarray) -> np.ndarray:
+        span = np.where(values >= self.centre, self.limit - self.centre, self.centre or 1)
+        return ((values - self.centre) / span).clip(-1, 1)
+
+
+def paint(values: np.ndarray, *, centre: float, limit: float) -> Image.Image:
+    """Paint a heat map of a matrix, [layers, experts], pixel by pixel."""
+    layers, experts = values.shape
+    heat_map = HeatMap(values, ("layer", range(layers)), ("expert", range(experts)), centre, limit)
+    side = max(8, min(32, 640 // max(layers, experts)))
+    width, height = heat_map.size(side, side)
+    picture = Image.new("RGB", (round(width), round(height)), "white")
+    draw = ImageDraw.Draw(picture)
+    for x, y, w, h, strength in heat_map.cells(side, side):
+        # White lines on the far sides keep neighbours apart.
+        draw.rectangle((x - 1, y - 1, x + w - 1, y + h - 1), _colour(strength), "white")
+    for x, y, text, anchor in heat_map.labels(side, side):
+        draw.text((x, y), text, INK, anchor="rs" if anchor == "end" else "ms")
+    return picture
+
+
+def _colour(strength: float) -> tuple[int, ...]:
+    if math.isnan(strength):
+        return UNKNOWN
+    end = HOT if strength > 0 else COLD
+    return tuple(round(a + abs(strength) * (b - a)) for a, b in zip(NEUTRAL, end, strict=True))
 
 
 def expert_maps(experts: Mapping[str, Any]) -> dict[str, tuple[Image.Image, str]]:
     """Pictures under `moe/` with captions: loads, and drops where there are any."""
     load, dropped = (np.array(experts[key], dtype=float) for key in ("load", "dropped"))
-    picture = heat_map(load_share(load), centre=1, limit=LOAD_LIMIT)
+    picture = paint(load_share(load), centre=1, limit=LOAD_LIMIT)
     maps = {"moe/load_map": (picture, "choices / layer mean")}
     if dropped.any():
-        picture = heat_map(_ratio(dropped, load), centre=0, limit=DROP_LIMIT)
+        picture = paint(ratio(dropped, load), centre=0, limit=DROP_LIMIT)
         maps["moe/drop_map"] = (picture, "dropped / choices")
     return maps
 
 
 def load_share(load: np.ndarray) -> np.ndarray:
     """Load / layer mean, [layers, experts]; 1 is balanced, NaN a layer without choices."""
-    return _ratio(load, np.broadcast_to(load.mean(axis=1, keepdims=True), load.shape))
+    return ratio(load, np.broadcast_to(load.mean(axis=1, keepdims=True), load.shape))
 
 
-def heat_map(values: np.ndarray, *, centre: float, limit: float) -> Image.Image:
-    """Draw a matrix with a row a layer and a column an expert, their numbers, and a legend.
-
-    Args:
-        values: [layers, experts]; NaN is grey.
-        centre: the neutral value; colours below it run down to 0.
-        limit: the value at which the upper colour is full.
-    """
-    layers, experts = values.shape
-    cell = max(8, min(32, 640 // max(layers, experts)))
-    samples = np.linspace(0, limit, 5)
-    bottom = TOP + layers * cell
-    width = LEFT + max(experts * cell, len(samples) * SWATCH) + RIGHT
-    picture = Image.new("RGB", (width, bottom + BOTTOM), "white")
-    picture.paste(Image.fromarray(_cells(shade(values, centre, limit), cell, cell)), (LEFT, TOP))
-    legend = _cells(shade(samples[None], centre, limit), 10, SWATCH)
-    picture.paste(Image.fromarray(legend), (LEFT, bottom + 8))
-    draw = ImageDraw.Draw(picture)
-    draw.text((LEFT, 2), "layers down, experts across", INK)
-    for layer in range(0, layers, math.ceil(12 / cell)):
-        draw.text((LEFT - 5, TOP + (layer + 0.5) * cell), str(layer), INK, anchor="rm")
-    for expert in range(0, experts, math.ceil(24 / cell)):
-        draw.text((LEFT + (expert + 0.5) * cell, TOP - 3), str(expert), INK, anchor="mb")
-    for place, sample in enumerate(samples):
-        text = f"{sample:.2g}" + ("+" if sample == limit else "")
-        draw.text((LEFT + (place + 0.5) * SWATCH, bottom + 21), text, INK, anchor="mt")
-    return picture
-
-
-def shade(values: np.ndarray, centre: float, limit: float) -> np.ndarray:
-    """RGB bytes, [..., 3]: neutral at `centre`, blue towards 0, red up to `limit`, grey for NaN."""
-    above = values >= centre
-    strength = np.where(above, (values - centre) / (limit - centre), (centre - values) / (centre or 1))
-    end = np.where(above[..., None], HOT, COLD)
-    colour = np.array(NEUTRAL) + strength.clip(0, 1)[..., None] * (end - np.array(NEUTRAL))
-    return np.where(np.isnan(values)[..., None], UNKNOWN, colour).round().astype(np.uint8)
-
-
-def _cells(colours: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Blow each colour up to a cell; a white line on the far sides keeps neighbours apart."""
-    pixels = colours.repeat(height, axis=0).repeat(width, axis=1)
-    pixels[height - 1 :: height] = 255
-    pixels[:, width - 1 :: width] = 255
-    return pixels
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """part / whole, NaN where whole is 0."""
+def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Part / whole, NaN where whole is 0."""
     return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.support.expert_records import LOAD, experts_of, record_of
 from train.monitor.event_files import TensorboardConfig, TensorboardMode
-from train.monitor.heat_maps import LOAD_LIMIT, heat_map, load_share
+from train.monitor.heat_maps import LOAD_LIMIT, load_share, paint
 from train.monitor.metrics import LogConfig, MetricsWriter
 from train.monitor.wandb_run import panel_values
 
@@ -42,7 +42,7 @@ def test_what_a_resume_leaves_behind_is_not_shown(tmp_path: Path) -> None:
             assert seen.Scalars(key)[-1].value == pytest.approx(value, rel=1e-6), key
     assert seen.Scalars("moe/dead_experts")[-1].value == 1
     shown = np.asarray(Image.open(io.BytesIO(seen.Images("moe/load_map")[-1].encoded_image_string)))
-    drawn = heat_map(load_share(np.array(LOAD, dtype=float)), centre=1, limit=LOAD_LIMIT)
+    drawn = paint(load_share(np.array(LOAD, dtype=float)), centre=1, limit=LOAD_LIMIT)
     np.testing.assert_array_equal(shown, np.asarray(drawn))
     (alert,) = seen.Tensors("alerts/Dead experts/text_summary")
     (text,) = alert.tensor_proto.string_val

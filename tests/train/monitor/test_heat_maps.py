@@ -14,8 +14,8 @@ from train.monitor.heat_maps import (
     SWATCH,
     TOP,
     UNKNOWN,
-    heat_map,
     load_share,
+    paint,
 )
 from train.monitor.wandb_run import load_histogram
 
@@ -24,12 +24,12 @@ def test_map_of_extreme_loads() -> None:
     load = np.array([[0.0, 0, 0, 0], [0, 0, 64, 0], [5, 5, 5, 5]])
     share = load_share(load)
     assert np.isnan(share[0]).all() and share[1:].tolist() == [[0, 0, 4, 0], [1, 1, 1, 1]]
-    picture = heat_map(share, centre=1, limit=2)
+    picture = paint(share, centre=1, limit=2)
     assert cells(picture, 3, 4) == [[UNKNOWN] * 4, [COLD, COLD, HOT, COLD], [NEUTRAL] * 4]
     counts, edges = load_histogram(load)
     assert (counts.sum(), counts[0], counts[-1], edges[-1]) == (8, 3, 1, 4.0)
     nothing = np.zeros((2, 3))
-    assert cells(heat_map(load_share(nothing), centre=1, limit=2), 2, 3) == [[UNKNOWN] * 3] * 2
+    assert cells(paint(load_share(nothing), centre=1, limit=2), 2, 3) == [[UNKNOWN] * 3] * 2
     assert load_histogram(nothing)[0].sum() == 0
 
 
@@ -38,7 +38,7 @@ def test_map_of_extreme_loads() -> None:
 )
 def test_cells_of_a_map_are_readable(layers: int, experts: int, cell: int) -> None:
     values = np.linspace(0, 2, layers * experts).reshape(layers, experts)
-    picture = heat_map(values, centre=1, limit=2)
+    picture = paint(values, centre=1, limit=2)
     width = LEFT + max(experts * cell, 5 * SWATCH) + RIGHT
     assert picture.size == (width, TOP + layers * cell + BOTTOM)
     right, bottom = LEFT + experts * cell - 1, TOP + layers * cell - 1
@@ -49,6 +49,6 @@ def test_cells_of_a_map_are_readable(layers: int, experts: int, cell: int) -> No
 
 
 def test_legend_shows_the_scale() -> None:
-    picture = heat_map(np.ones((2, 2)), centre=1, limit=2)
-    row = [picture.getpixel((LEFT + (i * SWATCH) + 3, picture.height - BOTTOM + 10)) for i in range(5)]
+    picture = paint(np.ones((2, 2)), centre=1, limit=2)
+    row = [picture.getpixel((picture.width - RIGHT - (5 - i) * SWATCH + 3, 6)) for i in range(5)]
     assert row == [COLD, between(NEUTRAL, COLD, 0.5), NEUTRAL, between(NEUTRAL, HOT, 0.5), HOT]
