@@ -8,7 +8,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # import from the reposi
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -169,27 +169,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _moe(args: argparse.Namespace) -> dict[str, Any]:
-    pool = PoolSettings(
-        skews=args.skews,
-        capacity_factor=args.capacity_factor,
-        edp=args.edp,
-        ep=args.ep,
-        experts=args.experts,
-        top_k=args.top_k,
-        tokens=args.tokens,
-        draws=args.draws,
-        hidden=args.hidden,
-    )
+    own = vars(args)
+    pool = PoolSettings(**{field.name: own[field.name] for field in fields(PoolSettings)})
     if not args.time:
         return {"settings": asdict(pool), **print_counts(pool)}
-    layer = LayerSettings(
-        experts=args.experts,
-        top_k=args.top_k,
-        tokens=args.layer_tokens,
-        hidden=args.layer_hidden,
-        ffn=args.layer_ffn,
-        repeats=args.repeats,
-    )
+    names = {field.name: f"layer_{field.name}" for field in fields(LayerSettings)}
+    layer = LayerSettings(**{name: own[long if long in own else name] for name, long in names.items()})
     if not torch.cuda.is_available():
         raise ValueError("--time needs a CUDA device and finds none: times of a CPU would prove nothing")
     return {"settings": {**asdict(layer), "skews": args.skews}, **print_times(layer, args.skews)}
