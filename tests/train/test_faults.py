@@ -127,11 +127,11 @@ def test_processes_that_do_not_meet(rank: int, monkeypatch: pytest.MonkeyPatch) 
         join_job("cpu", timeout_minutes=0.02)
 
 
-@pytest.mark.parametrize("page", ["docs/design/reliability.md"])
+@pytest.mark.parametrize("page", ["reliability", "parallelism", "decisions"])
 def test_the_tests_that_the_table_names_exist(page: str) -> None:
     file, missing = "", []
     for named, test in re.findall(
-        r"`(tests/\S+\.py)?::(\w+)[^`]*`", (ROOT / page).read_text(encoding="utf-8")
+        r"`(tests/\S+\.py)?::(\w+)[^`]*`", (ROOT / "docs/design" / f"{page}.md").read_text(encoding="utf-8")
     ):
         file = named or file
         path = ROOT / file
