@@ -297,7 +297,7 @@ def test_time_table(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: 
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
-    monkeypatch.setattr("scripts.bench.time_layer", on_cpu)
+    monkeypatch.setattr("scripts.benchmarks.tables.time_layer", on_cpu)
     sizes = ["--layer-tokens", "64", "--layer-hidden", "16", "--layer-ffn", "24", "--repeats", "3"]
     target = tmp_path / "time.json"
     assert main([*SMALL_ARGUMENTS, "--time", *sizes, "--json", str(target)]) == 0

@@ -80,9 +80,9 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, cases: list[Case]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr("scripts.bench.measure_ceilings", lambda _: CEILINGS)
-    monkeypatch.setattr("scripts.bench.median_ms", CountingClock())
-    monkeypatch.setattr("scripts.bench.all_cases", lambda _: cases)
+    monkeypatch.setattr("scripts.benchmarks.tables.measure_ceilings", lambda _: CEILINGS)
+    monkeypatch.setattr("scripts.benchmarks.tables.median_ms", CountingClock())
+    monkeypatch.setattr("scripts.benchmarks.tables.all_cases", lambda _: cases)
 
 
 def test_floors_of_the_design() -> None:
@@ -247,7 +247,7 @@ def test_refusals(
 
     monkeypatch.setattr("scripts.benchmarks.kernels.version", version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: installed is not None)
-    monkeypatch.setattr("scripts.bench.all_cases", lambda _: all_cases(CPU))
+    monkeypatch.setattr("scripts.benchmarks.tables.all_cases", lambda _: all_cases(CPU))
     assert main(["kernels", *arguments]) == 2
     said = capsys.readouterr()
     assert message in said.err and len(said.err.splitlines()) == 1
