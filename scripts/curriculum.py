@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from scripts.reporting.charts import number
 from train.config import CONF_DIR, ConfigError, RunConfig, explain, load_config, register_schema, rewrite_conf
 from train.curriculum_stages import Stage, build_stages, tokens_at, total_steps
 
@@ -24,13 +25,6 @@ def size(number: int) -> str:
     """1024 -> 1Ki: rows and batches are powers of two."""
     power, unit = next((p for p in ((2**20, "Mi"), (2**10, "Ki")) if number % p[0] == 0), (1, ""))
     return f"{number // power}{unit}"
-
-
-def amount(number: float) -> str:
-    """1.5e12 -> 1.5T, to four digits."""
-    units = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-    power, unit = next((u for u in units if number >= u[0]), (1, ""))
-    return f"{number / power:.4g}{unit}"
 
 
 def line(stage: Stage, stages: list[Stage]) -> list[str]:
@@ -48,8 +42,8 @@ def line(stage: Stage, stages: list[Stage]) -> list[str]:
     saves = "end" if every is None else f"{last // every - stage.first_step // every}"
     return [
         stage.name or "whole run", f"{end - stage.first_step:,}", f"{first:,}",
-        amount((end - stage.first_step) * cfg.batch.global_tokens), size(cfg.batch.row_tokens),
-        amount(cfg.model.rope_theta), size(cfg.batch.global_tokens), f"{rates[0]:.2e} .. {rates[1]:.2e}",
+        number((end - stage.first_step) * cfg.batch.global_tokens), size(cfg.batch.row_tokens),
+        number(cfg.model.rope_theta), size(cfg.batch.global_tokens), f"{rates[0]:.2e} .. {rates[1]:.2e}",
         mixture(stage), layout, saves,
     ]  # fmt: skip
 
@@ -61,7 +55,7 @@ def mixture(stage: Stage) -> str:
     if own.length_shares is not None:
         parts.append("lengths " + "/".join(f"{100 * share:.3g}" for share in own.length_shares) + "%")
     if settings is not None and settings.transition_tokens:
-        parts.append(f"over {amount(settings.transition_tokens)}")
+        parts.append(f"over {number(settings.transition_tokens)}")
     if settings is not None and settings.final_weights:
         final = ":".join(f"{weight:g}" for weight in settings.final_weights)
         parts.append(f"last {100 * settings.final_fraction:g}% {final}")

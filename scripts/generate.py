@@ -34,24 +34,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="CKPT", help="a step folder or a run directory")
     add("--prompt", action="append", required=True, metavar="TEXT", help="several make a batch")
-    add(
-        "--max-tokens",
-        type=int,
-        default=128,
-        metavar="N",
-        help="new ones of each prompt (default: %(default)s)",
-    )
+    add("--max-tokens", type=int, default=128, metavar="N", help="new tokens a prompt (default: %(default)s)")
     add("--temperature", type=float, default=1.0, help="0 = the most probable token (default: %(default)s)")
     add("--top-k", type=int, metavar="K", help="choose among the K most probable tokens")
     add("--top-p", type=float, default=1.0, metavar="P", help="... among the fewest that have probability P")
     add("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
-    add(
-        "--chunk",
-        type=int,
-        default=2048,
-        metavar="N",
-        help="prompt tokens read at once (default: %(default)s)",
-    )
+    add("--chunk", type=int, default=2048, metavar="N", help="prompt tokens per pass (default: %(default)s)")
     add("--tokenizer", type=Path, metavar="FILE_OR_FOLDER", help="default: the checkpoint's, else its data's")
     add("--eos-token", metavar="TOKEN", help="ends a document (default: the tokenizer's usual one)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")

@@ -101,13 +101,9 @@ COLUMNS = {
 
 
 def format_cells(cells: Sequence[str]) -> str:
-    """One line of the table; the first column reads from the left."""
-    widths = list(COLUMNS.values())
-    first, *others = (
-        cell.ljust(width) if number == 0 else cell.rjust(width)
-        for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "  ".join([first, *others])
+    """Lay out one line of the table; the first column is aligned to the left."""
+    first, *others = (f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True))
+    return "  ".join([cells[0].ljust(len(first)), *others])
 
 
 def median_ms(call: Callable[[], object]) -> float:

@@ -1,4 +1,4 @@
-"""What the router's scope costs and saves on skewed loads: all ranks of a pool, played in one process.
+"""What the router's scope costs and saves on skewed loads: all ranks of a pool, simulated in one process.
 
 Every decision is that of `model.capacity.decide_replicas`, made for each rank; nothing is estimated.
 """
@@ -27,7 +27,7 @@ SAME, OWN = "Same skew everywhere", "Each EP group has its own favourite experts
 
 @dataclass(frozen=True, kw_only=True)
 class PoolSettings:
-    """Sizes of the played pool."""
+    """Sizes of the simulated pool."""
 
     skews: tuple[float, ...]
     """Exponents of Zipf's law."""
@@ -100,7 +100,7 @@ class PoolSettings:
         return self.ranks * 2 * PIECES * (self.experts + 1) * 8  # cells: of a row and of the tail
 
 
-class Row(NamedTuple):
+class SkewFigures(NamedTuple):
     """A line of a table."""
 
     skew: float
@@ -108,8 +108,8 @@ class Row(NamedTuple):
     """Mean, lowest and highest of the draws, as fractions of the choices, ratios, or bytes a rank."""
 
 
-class PlayedPool(StagePool):
-    """One rank's pool where a process plays all ranks in turn.
+class SimulatedPool(StagePool):
+    """One rank's pool in a process that takes the part of all ranks in turn.
 
     In the first round over the ranks it collects their tables; what is decided then is void.
     """
@@ -169,10 +169,10 @@ def decide(settings: PoolSettings, experts: Tensor, number: int) -> tuple[Tensor
     offsets = torch.tensor([[0, experts.shape[1]]])
     start = draw(0, number, 0)
 
-    def play(num_groups: int) -> Tensor:
+    def simulate(num_groups: int) -> Tensor:
         decided = []
         for rank, chosen in enumerate(experts):
-            pool = PlayedPool(s, rank, num_groups, tables)
+            pool = SimulatedPool(s, rank, num_groups, tables)
             cells, keys = line_up(pool.places(chosen[None]), offsets, start)
             replicas, *_ = decide_replicas(
                 chosen, cells, keys, pool, num_experts=s.experts, factor=s.capacity_factor
@@ -181,9 +181,9 @@ def decide(settings: PoolSettings, experts: Tensor, number: int) -> tuple[Tensor
             decided.append(torch.where(replicas >= 0, replicas + first_group, -1))
         return torch.stack(decided)
 
-    play(1)
+    simulate(1)
     assert torch.stack(tables).nbytes == s.gather_bytes
-    return play(1), play(s.edp)
+    return simulate(1), simulate(s.edp)
 
 
 def measure(settings: PoolSettings, experts: Tensor, number: int) -> dict[str, float]:
@@ -221,9 +221,9 @@ def _level(settings: PoolSettings, experts: Tensor, groups: Tensor) -> float:
     return float(by_rank.max() / by_rank.double().mean())
 
 
-def count_drops(settings: PoolSettings) -> dict[str, list[Row]]:
+def count_drops(settings: PoolSettings) -> dict[str, list[SkewFigures]]:
     """Both kinds of table: a row for each skew."""
-    rows: dict[str, list[Row]] = {SAME: [], OWN: []}
+    rows: dict[str, list[SkewFigures]] = {SAME: [], OWN: []}
     group = (torch.arange(settings.ranks) // settings.ep)[:, None, None]
     for skew in settings.skews:
         draws: dict[str, list[dict[str, float]]] = {SAME: [], OWN: []}
@@ -234,5 +234,5 @@ def count_drops(settings: PoolSettings) -> dict[str, list[Row]]:
         for kind, figures in draws.items():
             columns = {key: [one[key] for one in figures] for key in figures[0]}
             spread = {key: (sum(v) / len(v), min(v), max(v)) for key, v in columns.items()}
-            rows[kind].append(Row(skew, spread))
+            rows[kind].append(SkewFigures(skew, spread))
     return rows

@@ -17,7 +17,7 @@ from scripts.benchmarks.kernels import (
     measure_ceilings,
     median_ms,
 )
-from scripts.benchmarks.moe import COLUMNS, PoolSettings, Row, count_drops
+from scripts.benchmarks.moe import COLUMNS, PoolSettings, SkewFigures, count_drops
 from scripts.benchmarks.moe_time import TIME_COLUMNS, LayerSettings, cuda_ms, time_layer
 
 READING = """\
@@ -30,7 +30,7 @@ counts      {gather:.1f} KiB that a rank receives before dispatch, a layer"""
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Right-aligned columns; a column's name may have lines."""
+    """Lay out right-aligned columns; a column's name may have several lines."""
     names = [name.split("\n") for name in columns]
     height = max(map(len, names))
     names = [[""] * (height - len(name)) + name for name in names]
@@ -40,12 +40,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*text[:height], "  ".join("-" * width for width in widths), *text[height:]])
 
 
-def _percent(row: Row, key: str) -> str:
+def _percent(row: SkewFigures, key: str) -> str:
     mean, low, high = (100 * value for value in row.figures[key])
     return f"{mean:.2f} ({low:5.2f} to {high:5.2f})"
 
 
-def _count_line(row: Row) -> list[str]:
+def _count_line(row: SkewFigures) -> list[str]:
     level, moved = (row.figures[key][0] for key in ("dropless_level", "moved"))
     return [
         f"{row.skew:g}",
@@ -59,7 +59,7 @@ def _count_line(row: Row) -> list[str]:
 
 
 def print_counts(settings: PoolSettings) -> dict[str, Any]:
-    """Play the draws and print both tables; returns their numbers."""
+    """Simulate the draws, print both tables and return their numbers."""
     s, kinds = settings, count_drops(settings)
     print(
         f"edp {s.edp}  ep {s.ep}  experts {s.experts}  top-k {s.top_k}  capacity factor "
@@ -83,7 +83,7 @@ def print_counts(settings: PoolSettings) -> dict[str, Any]:
 
 
 def print_times(settings: LayerSettings, skews: Sequence[float]) -> dict[str, Any]:
-    """Time one rank's layer at each capacity and skew and print the table; returns its numbers."""
+    """Time one rank's layer at each capacity and skew and print the table and return its numbers."""
     device = torch.device("cuda")
     name, s = torch.cuda.get_device_name(device), settings
     print(
@@ -99,7 +99,7 @@ def print_times(settings: LayerSettings, skews: Sequence[float]) -> dict[str, An
 def print_kernels(
     only: Sequence[str] | None, *, with_peers: bool, save: Callable[[dict[str, Any]], None]
 ) -> bool:
-    """Time each case, print and save its lines at once; whether something failed."""
+    """Time each case, print and save its lines at once; return whether something failed."""
     if not torch.cuda.is_available():
         raise ValueError("kernels needs a CUDA device and finds none: times of a CPU would prove nothing")
     device = torch.device("cuda")

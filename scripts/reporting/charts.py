@@ -37,7 +37,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Axis:
+class Scale:
     """Maps values of [low, high] to SVG units of [start, end]."""
 
     low: float
@@ -215,7 +215,7 @@ def merge_columns(values: np.ndarray) -> tuple[list[tuple[int, int]], np.ndarray
     return [(int(group[0]), int(group[-1])) for group in groups], merged
 
 
-def _axes(series: Sequence[Series], width: int, height: int, zero: bool, log: bool) -> tuple[Axis, Axis]:
+def _axes(series: Sequence[Series], width: int, height: int, zero: bool, log: bool) -> tuple[Scale, Scale]:
     x = np.concatenate([s.x for s in series])
     y = np.concatenate([s.y[np.isfinite(s.y)] for s in series])
     y = y if len(y) else np.array([0.0, 1.0])
@@ -232,10 +232,10 @@ def _axes(series: Sequence[Series], width: int, height: int, zero: bool, log: bo
     else:
         pad = 0.06 * (high - low)
         low, high = (low if zero and low == 0 else low - pad), high + pad
-    return Axis(x_low, x_high, LEFT, width - RIGHT), Axis(low, high, height - BOTTOM, TOP, log)
+    return Scale(x_low, x_high, LEFT, width - RIGHT), Scale(low, high, height - BOTTOM, TOP, log)
 
 
-def _frame(x_axis: Axis, y_axis: Axis, x_title: str) -> str:
+def _frame(x_axis: Scale, y_axis: Scale, x_title: str) -> str:
     parts = []
     for value in y_axis.ticks(5):
         y = float(y_axis.place(value))

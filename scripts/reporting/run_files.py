@@ -12,7 +12,7 @@ import yaml
 
 from train.monitor.alerts import Alert, ExpertWatch
 
-Row = TypeVar("Row")
+Parsed = TypeVar("Parsed")
 STATUS = {
     "FAILED": "failed",
     "REQUEUE": "stopped after saving, wants to go on",
@@ -71,9 +71,9 @@ def read_run(run_dir: Path) -> RunRecord:
     )
 
 
-def read_jsonl(path: Path, parse: Callable[[Any], Row]) -> tuple[list[Row], bool]:
+def read_jsonl(path: Path, parse: Callable[[Any], Parsed]) -> tuple[list[Parsed], bool]:
     """Parse each line; True if a torn last line (a crash while writing) was left out."""
-    rows: list[Row] = []
+    rows: list[Parsed] = []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for place, line in enumerate(lines, start=1):
         if place == len(lines) and not line:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from scripts.report import main
-from scripts.reporting.charts import MAX_POINTS, Axis, number, smooth, thin
+from scripts.reporting.charts import MAX_POINTS, Scale, number, smooth, thin
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -338,14 +338,14 @@ def test_number(value: float, text: str) -> None:
     ],
 )
 def test_linear_ticks(low: float, high: float, ticks: list[float]) -> None:
-    assert Axis(low, high, 0, 100).ticks(5) == pytest.approx(ticks)
+    assert Scale(low, high, 0, 100).ticks(5) == pytest.approx(ticks)
 
 
 def test_log_axis() -> None:
-    axis = Axis(0.1, 1000, 100, 0, log=True)
+    axis = Scale(0.1, 1000, 100, 0, log=True)
     assert axis.ticks(5) == pytest.approx([0.1, 1, 10, 100, 1000])
     assert axis.place(np.array([0.1, 10, 1000])) == pytest.approx([100, 50, 0])
-    assert len(Axis(1e-12, 1e12, 0, 1, log=True).ticks(5)) <= 6
+    assert len(Scale(1e-12, 1e12, 0, 1, log=True).ticks(5)) <= 6
 
 
 def test_smooth_keeps_lines_and_ends() -> None:

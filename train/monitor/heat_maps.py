@@ -16,7 +16,7 @@ LEFT, TOP, RIGHT, BOTTOM = 56, 34, 14, 36
 LEGEND, SWATCH = 5, 34
 """Samples in the legend, and the width of one."""
 
-Axis = tuple[str, Sequence[object]]
+AxisLabels = tuple[str, Sequence[object]]
 """What an axis counts, and the label of each row or column."""
 
 
@@ -45,8 +45,8 @@ class HeatMap(NamedTuple):
 
     values: np.ndarray
     """[rows, columns]; NaN is unknown."""
-    rows: Axis
-    columns: Axis
+    rows: AxisLabels
+    columns: AxisLabels
     centre: float
     """Neutral value; colours below it run down to 0."""
     limit: float
