@@ -26,7 +26,11 @@ def main() -> int:
     if not (folder / MANIFEST).exists():
         print(f"error: {folder}: no checkpoint, it has no {MANIFEST}", file=sys.stderr)
         return 2
-    return inspect(folder) if arguments.action == "inspect" else report(folder)
+    if arguments.action == "inspect":
+        return inspect(folder)
+    problems = verify(folder)  # hashes every byte
+    print("\n".join(problems) or f"{folder}: all bytes are as written")
+    return 3 if problems else 0
 
 
 def inspect(folder: Path) -> int:
@@ -50,16 +54,6 @@ def inspect(folder: Path) -> int:
     for name, facts in manifest.files.items():
         print(f"{name}  {facts.size:>14,} bytes  {facts.sha256}")
     return 0
-
-
-def report(folder: Path) -> int:
-    """Hash every byte and print a line for each bad file."""
-    problems = verify(folder)
-    for problem in problems:
-        print(problem)
-    if not problems:
-        print(f"{folder}: all bytes are as written")
-    return 3 if problems else 0
 
 
 if __name__ == "__main__":

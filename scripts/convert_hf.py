@@ -57,12 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.action == "import":
             import_model(args.hf, args.output, shard_bytes=args.shard_bytes)
         else:
-            dtype = None if args.dtype is None else NAMED_DTYPES[args.dtype]
             export_model(
                 args.checkpoint,
                 args.output,
                 layout=Layout(args.layout),
-                dtype=dtype,
+                dtype=NAMED_DTYPES.get(args.dtype),
                 tokenizer=args.tokenizer,
                 shard_bytes=args.shard_bytes,
             )
@@ -202,9 +201,9 @@ def card(name: str, layout: Layout, step: int, warnings: Sequence[str]) -> str:
 
 def check_biases(manifest: Manifest) -> None:
     """Refuse a model whose experts are chosen by more than the gate."""
-    for name, saved in manifest.tensors.items():
+    for name, tensor in manifest.tensors.items():
         if name.startswith("router.bias."):
-            bias = torch.zeros(saved.shape)
+            bias = torch.zeros(tensor.shape)
             read_boxes(manifest, {name: Box.whole(bias)})
             if bias.any():
                 raise ConversionError(
@@ -219,23 +218,16 @@ def export_dtypes(
     """Choose each tensor's dtype: the one given, else that of the import, else that of the checkpoint."""
     recorded = manifest.part("source_dtypes") if "source_dtypes" in manifest.facts else {}
     found: dict[str, torch.dtype] = {}
-    for parameter, parts in groupby(theirs, lambda tensor: tensor.parameter):
-        name = f"model.{parameter}"
-        own = _dtype(manifest, name, recorded.get(name))
-        for part in parts:
-            wide = part.is_gate and layout is Layout.text01
-            found[part.name] = own if dtype is None else torch.float32 if wide else dtype
+    for tensor in theirs:
+        name = f"model.{tensor.parameter}"
+        if name not in manifest.tensors:
+            raise CheckpointError(f"{manifest.folder}: has no tensor {name}")
+        own = recorded.get(name) or manifest.tensors[name].dtype
+        if own not in DTYPES:
+            raise CheckpointError(f"{manifest.folder}: {name} has dtype {own}, not one of {list(DTYPES)}")
+        wide = tensor.is_gate and layout is Layout.text01
+        found[tensor.name] = DTYPES[own] if dtype is None else torch.float32 if wide else dtype
     return found
-
-
-def _dtype(manifest: Manifest, name: str, recorded: str | None) -> torch.dtype:
-    """Look up a parameter's dtype as it was imported, else as it is saved."""
-    if name not in manifest.tensors:
-        raise CheckpointError(f"{manifest.folder}: has no tensor {name}")
-    saved = recorded or manifest.tensors[name].dtype
-    if saved not in DTYPES:
-        raise CheckpointError(f"{manifest.folder}: {name} has dtype {saved}, not one of {list(DTYPES)}")
-    return DTYPES[saved]
 
 
 def read_rows(manifest: Manifest, wanted: HfTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
@@ -308,7 +300,7 @@ def write_files(
 
     Args:
         folder: where the files are made.
-        files: outlines of the tensors of each file, by name.
+        files: outlines of the tensors by name, by file.
         read: gives the values of the tensor with this name, piece by piece.
         metadata: free texts for the headers.
 

@@ -82,12 +82,10 @@ def judge_changes(
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any], *, begun: int) -> list[Difference]:
-    """List the keys whose values differ; a field that one side lacks is of another version, no difference.
+    """List the keys whose values differ, between a checkpoint's configuration and the run's.
 
-    Args:
-        saved: configuration of the checkpoint.
-        now: configuration of the run.
-        begun: number of the last curriculum stage that has begun.
+    A field that one side lacks is of another version, and no difference; `begun` is the number of the last
+    curriculum stage that has begun.
     """
     old, new = dict(_leaves(saved)), dict(_leaves(now))
     found = []

@@ -5,7 +5,7 @@ Invariant: weights, both moments, clocks and data position of one step, under na
 
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -78,25 +78,20 @@ def own_boxes(
 ) -> dict[str, Box]:
     """Choose what this rank writes: what several ranks hold alike, the first of them writes.
 
-    Args:
-        shards: this rank's parts of the parameters.
-        optimizer: holds their moments.
-        biases: those of the routers by name, the same on all ranks of a pipeline stage.
-        mesh: tells which rank is the first of its stage.
+    The routers' biases are the same on all ranks of a pipeline stage.
     """
     mine = [shard for shard in shards if shard.is_first]
     return state_boxes(mine, optimizer, {} if mesh.stage.rank else biases)
 
 
 def state_boxes(
-    shards: Sequence[Shard], optimizer: torch.optim.Optimizer, biases: Mapping[str, Tensor]
+    shards: Sequence[Shard], optimizer: torch.optim.Optimizer | None, biases: Mapping[str, Tensor]
 ) -> dict[str, Box]:
     """List this rank's part of all that is saved as tensors: weights, moments, biases of the routers."""
     boxes = {f"model.{s.name}": Box(s.master, s.shape, s.offset) for s in shards}
-    state = moments(optimizer, shards)
+    state = {} if optimizer is None else moments(optimizer, shards)
     for key, tensor in state.items():
-        place = boxes[f"model.{key.partition('.')[2]}"]
-        boxes[key] = Box(tensor, place.shape, place.offset)
+        boxes[key] = replace(boxes[f"model.{key.partition('.')[2]}"], tensor=tensor)
     return boxes | {key: Box.whole(bias) for key, bias in biases.items()}
 
 

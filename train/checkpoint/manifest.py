@@ -9,7 +9,7 @@ import math
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -91,9 +91,7 @@ class Manifest:
 def read_manifest(folder: Path, *, is_checked: bool = True) -> Manifest:
     """Read the manifest of a checkpoint folder.
 
-    Args:
-        folder: the checkpoint, `step-N`.
-        is_checked: refuse a manifest whose checksum is wrong, or that knows no hashes of its files.
+    With `is_checked`, its checksum must be right, and it must know the hashes of its files.
 
     Raises:
         CheckpointError: the manifest is missing, damaged, of another format or nonsense; the text names it.
@@ -184,14 +182,11 @@ def _files(content: dict[str, Any], is_checked: bool) -> dict[str, FileFacts]:
     """Take from the content what it says about the files, by path in the folder."""
     if "files" not in content and not is_checked:
         return {}
-    groups: list[tuple[str, Any, Callable[[str], Any]]] = [
-        ("", content.pop("files", None), FILE_NAME.fullmatch),
-        (f"{TOKENIZER}/", content.get(TOKENIZER, {}), PLAIN_NAME.fullmatch),
-    ]
+    ranks, tokenizer = content.pop("files", None), content.get(TOKENIZER, {})
     found = {}
-    for prefix, group, is_name in groups:
+    for prefix, group, names in (("", ranks, FILE_NAME), (f"{TOKENIZER}/", tokenizer, PLAIN_NAME)):
         for name, entry in _object(group, prefix.rstrip("/") or "files").items():
-            if not is_name(name):
+            if not names.fullmatch(name):
                 raise ValueError(f"names {show(prefix + name)}, which nobody writes; it was not opened")
             facts = _object(entry, f"files[{prefix}{name}]")
             size = _size(facts.get("size"), f"files[{name}].size")

@@ -10,6 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from train.checkpoint.manifest import (
     TOKENIZER,
@@ -24,6 +25,8 @@ from train.checkpoint.tensor_file import DTYPES
 
 BLOCK = 2**24
 """Bytes that are hashed at once."""
+Overlap = tuple[tuple[slice, ...], tuple[slice, ...]]
+"""What a stored box and another share, as indices of each."""
 
 
 class Verify(StrEnum):
@@ -124,7 +127,7 @@ def read_boxes(manifest: Manifest, boxes: Mapping[str, Box]) -> None:
     Raises:
         CheckpointError: a tensor is missing, has another shape, or a file is not what the manifest says.
     """
-    wanted: dict[str, list[tuple[str, StoredBox]]] = {}
+    wanted: dict[str, list[tuple[str, StoredBox, Overlap]]] = {}
     for name, box in boxes.items():
         tensor = manifest.tensors.get(name)
         if tensor is None:
@@ -134,21 +137,21 @@ def read_boxes(manifest: Manifest, boxes: Mapping[str, Box]) -> None:
                 f"{manifest.folder}: {name} has shape {list(tensor.shape)}, the model {list(box.shape)}"
             )
         for stored in tensor.boxes:
-            if box.tensor.numel() and _overlap(stored, box) is not None:
-                wanted.setdefault(stored.file, []).append((name, stored))
+            if (overlap := _overlap(stored, box)) is not None:
+                wanted.setdefault(stored.file, []).append((name, stored, overlap))
     for file, needed in wanted.items():
         path = manifest.folder / file
         try:
             require_file(path)
             with safe_open(path, framework="pt") as opened:
-                for name, stored in needed:
-                    _copy(opened, name, stored, boxes[name])
+                for name, stored, overlap in needed:
+                    _copy(opened, name, stored, overlap, boxes[name].tensor)
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(f"{path}: not readable: {error}") from error
 
 
-def _overlap(stored: StoredBox, box: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Find what two boxes share, as indices of each; None = nothing."""
+def _overlap(stored: StoredBox, box: Box) -> Overlap | None:
+    """Find what two boxes share; None = nothing."""
     source, target = [], []
     for s_offset, s_size, offset, size in zip(
         stored.offset, stored.shape, box.offset, box.tensor.shape, strict=True
@@ -161,13 +164,11 @@ def _overlap(stored: StoredBox, box: Box) -> tuple[tuple[slice, ...], tuple[slic
     return tuple(source), tuple(target)
 
 
-def _copy(opened: safe_open, name: str, stored: StoredBox, box: Box) -> None:
-    """Copy what an open file's box and the other one share."""
+def _copy(opened: safe_open, name: str, stored: StoredBox, overlap: Overlap, target: Tensor) -> None:
+    """Copy what an open file's box and the target share."""
     values = opened.get_slice(name)
     if tuple(values.get_shape()) != stored.shape or values.get_dtype() not in DTYPES:
         found = f"{values.get_dtype()} {values.get_shape()}"
         raise ValueError(f"{name} is {found}, expected {list(stored.shape)}")
-    shared = _overlap(stored, box)
-    assert shared is not None
-    source, target = shared
-    box.tensor[target] = (values[source] if source else opened.get_tensor(name)).to(box.tensor.device)
+    source, place = overlap
+    target[place] = (values[source] if source else opened.get_tensor(name)).to(target.device)

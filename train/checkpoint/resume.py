@@ -210,9 +210,8 @@ def load_weights(
     Raises:
         NoCheckpointError: a tensor is not there or not readable; on every rank.
     """
-    boxes = {f"model.{s.name}": Box(s.master, s.shape, s.offset) for s in shards}
-    known = {key: Box.whole(b) for key, b in biases.items() if key in manifest.tensors}
-    _read_together(manifest, boxes | known, world)
+    known = {key: bias for key, bias in biases.items() if key in manifest.tensors}
+    _read_together(manifest, state_boxes(shards, None, known), world)
     publish(shards)
 
 

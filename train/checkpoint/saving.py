@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -56,13 +57,8 @@ def write_together(
 ) -> None:
     """Write and commit `root/step-N` with the other ranks of `axis`.
 
-    Args:
-        root: the folder of all checkpoints.
-        step: N.
-        boxes: this rank's part of the state; each element is some rank's, and only one's.
-        facts: JSON values for the manifest.
-        axis: all ranks.
-        problem: why this rank cannot take part; None = it can.
+    Each element of the state is in the `boxes` of one rank, and only one; `facts` are JSON values for the
+    manifest; `problem` says why this rank cannot take part, None = it can.
 
     Raises:
         SaveError: on every rank alike; nothing is left but the checkpoints from before.
@@ -135,14 +131,9 @@ class Saver:
     def __init__(
         self, root: Path, cfg: CheckpointConfig, axis: Axis, *, step: int, grace_s: float | None = None
     ) -> None:
-        """Go on after `step`.
+        """Go on after `step` with checkpoints in `root`.
 
-        Args:
-            root: the folder of all checkpoints.
-            cfg: how to save and what to keep.
-            axis: all ranks.
-            step: the one that the run starts from, 0 = none.
-            grace_s: seconds that the launcher leaves a stopped job; None = nobody knows.
+        The launcher leaves a stopped job `grace_s` seconds; None = nobody knows.
         """
         self.root, self.cfg, self.axis, self.grace_s = root, cfg, axis, grace_s
         self.saved_step = step
@@ -215,7 +206,7 @@ class Saver:
             values = box.tensor.detach()
             held = self._slab[start : start + values.nbytes].view(values.dtype).view(values.shape)
             held.copy_(values, non_blocking=True)
-            copies[name] = Box(held, box.shape, box.offset)
+            copies[name] = replace(box, tensor=held)
             start += _aligned(values.nbytes)
         if any(box.tensor.is_cuda for box in boxes.values()):
             torch.cuda.current_stream().synchronize()
