@@ -252,18 +252,19 @@ def whole_shape(parts: Sequence[HfTensor]) -> tuple[int, ...]:
 
 
 def total_bytes(plan: Mapping[str, torch.Tensor]) -> int:
-    """Sum what tensors take."""
+    """Sum the bytes of all tensors."""
     return sum(tensor.nbytes for tensor in plan.values())
 
 
 def split(plan: Mapping[str, torch.Tensor], limit: int) -> Iterator[dict[str, torch.Tensor]]:
     """Cut a plan, in its order, into groups of at most `limit` bytes or of a single tensor."""
-    group: dict[str, torch.Tensor] = {}
+    group, held = dict[str, torch.Tensor](), 0
     for name, tensor in plan.items():
-        if group and total_bytes(group) + tensor.nbytes > limit:
+        if group and held + tensor.nbytes > limit:
             yield group
-            group = {}
+            group, held = {}, 0
         group[name] = tensor
+        held += tensor.nbytes
     yield group
 
 

@@ -87,15 +87,11 @@ def find_tokenizer(checkpoint: Manifest, given: Path | None) -> "Tokenizer":
     """
     data = checkpoint.config.get("data") or {}
     own, prefix = checkpoint.folder / "tokenizer", _first_source(checkpoint)
-    if given is not None:
-        file = given
-    elif own.is_dir():
-        file = own
-    elif data.get("tokenizer") or prefix:
-        file = Path(data.get("tokenizer") or f"{prefix}.tokenizer.json")
-    else:
+    named = data.get("tokenizer") or (prefix and f"{prefix}.tokenizer.json")
+    file = given or (own if own.is_dir() else named)
+    if not file:
         raise ValueError(f"{checkpoint.folder} names no tokenizer; give one: --tokenizer FILE_OR_FOLDER")
-    tokenizer = load_tokenizer(file)
+    tokenizer = load_tokenizer(Path(file))
     size, limit = vocab_size(tokenizer), checkpoint.config["model"]["vocab_size"]
     if size > limit:
         raise ValueError(
