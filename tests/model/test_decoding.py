@@ -12,8 +12,8 @@ from kernels.reference import lightning_attention_with_state as twin_with_state
 from model.config import LayerType, ModelConfig
 from model.decoding import RecurrentCore, decoding
 from model.transformer import Transformer
-from tests.model.test_model import SMALL, initialised
-from tests.model.test_on_kernels import kernels_for_every_tensor
+from tests.support.kernel_checks import kernels_for_every_tensor
+from tests.support.small_models import SMALL, initialised
 
 L, S = LayerType.lightning, LayerType.softmax
 

@@ -13,20 +13,9 @@ from model.hashing import mix
 from model.init import init_slice
 from model.lightning import decay_slopes
 from model.transformer import Transformer
+from tests.support.small_models import SMALL, initialised
 from train.config import CONF_DIR
 
-SMALL = {
-    "num_layers": 4,
-    "hidden_size": 32,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 12,
-    "rotary_dim": 6,
-    "vocab_size": 97,
-    "num_experts": 6,
-    "expert_ffn_size": 20,
-    "softmax_every": 2,
-}
 TEXT_01 = {
     "num_layers": 80,
     "hidden_size": 6144,
@@ -38,14 +27,6 @@ TEXT_01 = {
     "num_experts": 32,
     "expert_ffn_size": 9216,
 }
-
-
-def initialised(cfg: ModelConfig, seed: int = 0, router: RouterConfig | None = None) -> Transformer:
-    model = Transformer(cfg, router=router)
-    for name, parameter in model.named_parameters():
-        zeros = (0,) * parameter.dim()
-        init_slice(parameter.data, name, shape=parameter.shape, offset=zeros, cfg=cfg, seed=seed)
-    return model
 
 
 def test_text_01_has_the_published_size() -> None:

@@ -1,30 +1,16 @@
 """The whole model on the GPU's kernels, interpreted where there is no GPU: losses and every gradient."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import Tensor
 
 from model.config import ModelConfig, RouterConfig
 from model.transformer import Transformer
-from tests.model.test_model import SMALL, initialised
-from tests.support.kernel_checks import DEVICE
+from tests.support.kernel_checks import DEVICE, kernels_for_every_tensor
+from tests.support.small_models import SMALL, initialised
 
 SIZES = {**SMALL, "num_layers": 2, "head_dim": 16, "rotary_dim": 8, "expert_ffn_size": 16}
 TOKENS = 80
-
-
-@contextmanager
-def kernels_for_every_tensor() -> Iterator[None]:
-    """What tells kernels from twins is Tensor.is_cuda; softmax attention needs flash attention besides."""
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE.type == "cpu":
-            patch.setattr(Tensor, "is_cuda", property(lambda _: True), raising=False)
-            patch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
-            patch.setattr("kernels.lightning_attention.is_supported", lambda _: True)  # in fp32, too
-        yield
 
 
 def losses_and_gradients(model: Transformer, lengths: Tensor | None) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from parallel.apply import build_parts, parallelize
 from parallel.config import MoEConfig, ParallelConfig, Recompute
 from parallel.mesh import one_process
 from parallel.recompute import apply_recompute
-from tests.model.test_model import initialised
+from tests.support.small_models import initialised
 
 EXPERTS, TOP_K, HIDDEN = 6, 2, 10
 MODEL = ModelConfig(

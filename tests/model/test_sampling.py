@@ -8,7 +8,7 @@ import torch
 from model.config import ModelConfig
 from model.sampling import Sampling, choose, continue_prompts
 from model.transformer import Transformer
-from tests.model.test_model import SMALL, initialised
+from tests.support.small_models import SMALL, initialised
 
 LOGITS = torch.tensor([0.5, 0.0, 0.25, 0.15, 0.1]).log()
 DRAWS = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000

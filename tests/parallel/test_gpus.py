@@ -10,7 +10,7 @@ import torch
 
 from parallel.config import V_SHAPED
 from tests.support.jobs import command
-from tests.train.test_pretrain import column
+from tests.support.runs import column
 
 DEVICE = os.environ.get("LONGSPAN_TEST_DEVICE", "cuda")
 """`cpu`: look at the test itself where there are no two GPUs."""

@@ -13,7 +13,8 @@ import torch
 from data.config import DataConfig, SourceConfig
 from model.config import ModelConfig, RouterConfig
 from parallel.config import ParallelConfig, Schedule
-from tests.train.test_pretrain import ending, launch
+from tests.support.forked import launch
+from tests.support.runs import ending
 from train.config import BatchConfig, ConfigError, RunConfig, TrainConfig, user_errors
 
 LEGAL: dict[str, int] = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from scripts.needles import main as write_needles
-from tests.train.test_pretrain import pretrain
+from tests.support.forked import pretrain
 
 
 @pytest.fixture(scope="session")

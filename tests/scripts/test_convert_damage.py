@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from scripts.hf.config import Layout
-from tests.scripts.test_convert_hf import (
+from tests.support.hf_folders import (
     convert,
     edit_config,
     random_config,

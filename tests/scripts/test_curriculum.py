@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from scripts.curriculum import COLUMNS, main, mixture, read_config
-from tests.support import simulate_mixture
+from tests.support.programs import simulate_mixture
 from train.curriculum_stages import build_stages
 from train.schedule.curriculum import StageConfig
 

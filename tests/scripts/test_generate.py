@@ -15,7 +15,7 @@ from data.config import DataConfig, SourceConfig
 from data.dataset import TokenDataset
 from data.loader import Loader, Shape
 from scripts.generate import main
-from tests.train.test_pretrain import lines
+from tests.support.runs import lines
 from train.checkpoint.load_model import end_token, find_tokenizer, load_model, open_checkpoint
 from train.checkpoint.manifest import Manifest
 

@@ -15,7 +15,7 @@ import yaml
 from data.tokenizer import load_tokenizer
 from scripts.convert_hf import main as convert
 from scripts.needles import SENTENCES, encoder, make_task
-from tests.train.test_pretrain import pretrain
+from tests.support.forked import pretrain
 from train.checkpoint.load_model import load_model, open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.slurm.cluster import Cluster, running_cluster
 from tests.support.clone import clone_repository
-from tests.support.slurm_cluster import Cluster, running_cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 STEPS = 30

@@ -1,6 +1,10 @@
-"""Records of a run with four experts in two layers, one of which is dead."""
+"""Records of a run with four experts in two layers, one of which is dead, and pixels of their heat maps."""
 
 from typing import Any
+
+from PIL import Image
+
+from train.monitor.heat_maps import BOTTOM, LEFT, TOP
 
 LOAD = [[20, 10, 0, 50], [20, 20, 20, 20]]
 
@@ -42,3 +46,17 @@ def experts_of(step: int, load: Any = LOAD, **changes: Any) -> dict[str, Any]:
         "aux_loss": [1.5, 1.0],
         **changes,
     }
+
+
+def between(a: tuple[int, ...], b: tuple[int, ...], share: float) -> tuple[int, ...]:
+    return tuple(round(x + share * (y - x)) for x, y in zip(a, b, strict=True))
+
+
+def cells(picture: Image.Image, layers: int, experts: int) -> list[list[Any]]:
+    """The colour inside each cell; the cells fill what the margins leave."""
+    size = (picture.height - TOP - BOTTOM) // layers
+    pixels = picture.convert("RGB")
+    return [
+        [pixels.getpixel((LEFT + c * size + size // 2, TOP + r * size + size // 2)) for c in range(experts)]
+        for r in range(layers)
+    ]

@@ -4,9 +4,11 @@ On a machine with a GPU the kernels run as they are; elsewhere Triton interprets
 fp32 and fp16 only, because its bf16 products are wrong.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -96,3 +98,14 @@ def allowed_errors(theirs: tuple[float, float], dtype: torch.dtype) -> tuple[flo
         2 * of_norm + (eps if of_norm < luck else 0.0),
         2 * of_largest + (eps if of_largest < eps / 2 else eps / 2),
     )
+
+
+@contextmanager
+def kernels_for_every_tensor() -> Iterator[None]:
+    """What tells kernels from twins is Tensor.is_cuda; softmax attention needs flash attention besides."""
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE.type == "cpu":
+            patch.setattr(Tensor, "is_cuda", property(lambda _: True), raising=False)
+            patch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
+            patch.setattr("kernels.lightning_attention.is_supported", lambda _: True)  # in fp32, too
+        yield

@@ -6,45 +6,25 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from model.flops import count_parameters
+from tests.support.configs import composed, config
 from train.config import (
-    CONF_DIR,
     BatchConfig,
     ConfigError,
     RunConfig,
     explain,
     load_config,
-    register_schema,
     rewrite_conf,
     run_names,
     stage_run_file,
 )
 from train.curriculum_stages import build_stages, doubts
 from train.schedule.learning_rate import DecayShape, ScheduleConfig, lr_factor
-
-register_schema()
-
-
-def composed(*arguments: str) -> DictConfig:
-    """What Hydra makes of a command line, `name` given as its resolver exists in a Hydra job only."""
-    args = rewrite_conf(list(arguments), {})
-    search = [arg for arg in args if arg.startswith("hydra.searchpath")]
-    names = [] if search else [f"name={arg[4:]}" for arg in args if arg.startswith("run=")]
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return compose("pretrain", [*args, *names])
-
-
-def config(*arguments: str) -> RunConfig:
-    return load_config(composed(*arguments))
 
 
 @pytest.mark.parametrize("name", run_names())

@@ -14,11 +14,12 @@ import pytest
 
 from data.tokenizer import train_tokenizer
 from parallel.launch import JoinError, join_job
-from tests.support.jobs import is_running, workers
-from tests.train.test_pretrain import ROOT, command, ending, lines
+from tests.support.forked import ROOT
+from tests.support.jobs import command, is_running, workers
+from tests.support.runs import ending, lines
 from train.checkpoint.storage import find_checkpoints
 
-HOLD = str(ROOT / "tests/support/hold_rank.py")
+HOLD = str(ROOT / "tests/support/programs/hold_rank.py")
 MANY_STEPS = "train.steps=100000"
 
 

@@ -11,7 +11,7 @@ import pytest
 from parallel.launch import JoinError, join_job
 from tests.support.forked import run_forked
 from tests.support.jobs import Job, arguments, workers
-from tests.train.checkpoint.test_resume import outcome
+from tests.support.runs import outcome
 
 
 @pytest.mark.faults

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.numpy import load_file
 
 from data.dataset import DatasetWriter
 from parallel.pipeline import SingleStage
 from tests.support.forked import ROOT, launch, pretrain
 from tests.support.jobs import command
+from tests.support.runs import column, ending, lines, start_and_wait, tensors
 
 GOLDEN = Path(__file__).with_name("golden_debug.json")
 METRICS = {
@@ -29,28 +28,6 @@ METRICS = {
     "moved_rate", "router_entropy", "z_loss", "padding", "data_wait_ms",
     "truncated_tokens", "spike_score", "slow_score", "checkpoint_seconds", "checkpoint_age_steps", "stage",
 }  # fmt: skip
-
-
-def lines(run_dir: Path, name: str = "metrics") -> list[dict]:
-    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
-
-
-def column(run_dir: Path, key: str) -> np.ndarray:
-    return np.array([line[key] for line in lines(run_dir)])
-
-
-def ending(run_dir: Path) -> tuple[str, dict]:
-    found = [path for name in ("DONE", "REQUEUE", "FAILED") if (path := run_dir / name).exists()]
-    assert len(found) == 1, found
-    return found[0].name, json.loads(found[0].read_text())
-
-
-def tensors(checkpoint: Path) -> dict[str, np.ndarray]:
-    return {
-        f"{path.name}/{key}": value
-        for path in checkpoint.glob("*.safetensors")
-        for key, value in load_file(path).items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -229,24 +206,6 @@ def test_ctrl_c_under_torchrun(base: tuple[Path, list[str]], tmp_path: Path) -> 
     kind, facts = ending(tmp_path)
     assert kind == "REQUEUE" and facts["code"] == 75
     assert len(list((tmp_path / f"checkpoints/step-{facts['step']}").glob("*.safetensors"))) == 2
-
-
-def start_and_wait(*arguments: str, run_dir: Path, processes: int = 0) -> subprocess.Popen:
-    """Start a run and return when three steps are on record."""
-    process = subprocess.Popen(
-        command(*arguments, processes=processes),
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 60
-    while (
-        not (run_dir / "metrics.jsonl").exists()
-        or len((run_dir / "metrics.jsonl").read_text().splitlines()) < 3
-    ):
-        assert process.poll() is None and time.monotonic() < deadline, "the run did not get to step 3"
-        time.sleep(0.1)
-    return process
 
 
 def poison_third_step(rank: int) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.train.test_pretrain import column, lines, pretrain, tensors
+from tests.support.forked import pretrain
+from tests.support.runs import column, lines, tensors
 
 LAYERS, EXPERTS, CHOICES = 4, 4, 2 * 1024
 RATE = 0.01

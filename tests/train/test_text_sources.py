@@ -18,7 +18,9 @@ from parallel.config import ParallelConfig
 from parallel.mesh import init_mesh
 from scripts.prepare_data import main
 from tests.support.dist import run_distributed
-from tests.train.test_pretrain import ROOT, column, command, ending, launch, pretrain
+from tests.support.forked import ROOT, launch, pretrain
+from tests.support.jobs import command
+from tests.support.runs import column, ending
 from train.build import find_tokens
 from train.guard.signals import StopRequest
 

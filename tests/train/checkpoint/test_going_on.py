@@ -17,10 +17,11 @@ from hydra import compose, initialize_config_dir
 from data.dataset import DatasetWriter
 from parallel.collectives import Axis
 from parallel.launch import join_job
+from tests.support.checkpoints import content_of, make, write
+from tests.support.configs import config
 from tests.support.dist import run_distributed
-from tests.train.checkpoint.test_manifest import content_of, make, write
-from tests.train.test_config import config
-from tests.train.test_pretrain import column, ending, launch, lines, pretrain, tensors
+from tests.support.forked import launch, pretrain
+from tests.support.runs import column, ending, lines, tensors
 from train.changes import judge_changes
 from train.checkpoint.contents import Change, CheckpointConfig, Resume
 from train.checkpoint.manifest import read_manifest

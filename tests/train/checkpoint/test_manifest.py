@@ -1,7 +1,6 @@
 """A manifest is read as a stranger's: whatever stands in it, one CheckpointError comes out, or the truth."""
 
 import copy
-import json
 import os
 import random
 import resource
@@ -13,25 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.support.checkpoints import FACTS, VALUES, content_of, make, write
 from train.checkpoint.manifest import MAX_BYTES, Manifest, StoredBox, _tile, read_manifest
 from train.checkpoint.restore import Verify, read_boxes, verify
-from train.checkpoint.storage import Box, CheckpointError, checksum, commit, write_shard
-
-VALUES = torch.arange(24.0).view(6, 4)
-FACTS = {"step": 3, "progress": {"step": 3}, "config": {"model": {"num_layers": 2}, "lr": 1e-3, "name": None}}
-
-
-def make(root: Path, step: int = 3, shift: float = 0.0) -> Path:
-    """Two ranks: `w` cut in two, `b` whole on the first, a scalar on the second."""
-    folder = root / f".tmp-step-{step}"
-    folder.mkdir(parents=True)
-    boxes = [
-        {"w": Box(VALUES[:2] + shift, (6, 4), (0, 0)), "b": Box(torch.ones(5), (5,), (0,))},
-        {"w": Box(VALUES[2:] + shift, (6, 4), (2, 0)), "s": Box(torch.tensor(7.0), (), ())},
-    ]
-    written = [write_shard(folder, rank, part) for rank, part in enumerate(boxes)]
-    commit(folder, root / f"step-{step}", written, {**FACTS, "step": step})
-    return root / f"step-{step}"
+from train.checkpoint.storage import Box, CheckpointError
 
 
 def read_all(folder: Path, *, is_checked: bool = True) -> Manifest:
@@ -43,18 +27,6 @@ def read_all(folder: Path, *, is_checked: bool = True) -> Manifest:
     assert torch.equal(boxes["w"].tensor, VALUES) and torch.equal(boxes["b"].tensor, torch.ones(5))
     assert boxes["s"].tensor == 7
     return manifest
-
-
-def content_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "manifest.json").read_text())
-
-
-def write(folder: Path, content: Any) -> None:
-    """With the right checksum, so that it is the content that is judged."""
-    if isinstance(content, dict):
-        content.pop("checksum", None)
-        content = {**content, "checksum": checksum(content)}
-    (folder / "manifest.json").write_text(json.dumps(content))
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support.forked import run_forked
-from tests.train.test_pretrain import column, lines, tensors
+from tests.support.runs import column, lines, tensors
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,20 @@
 """R9: save and resume give bitwise what the uninterrupted run gives, on each kind of layout and mode."""
 
-import json
 import os
 import signal
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from data.packing import Batch
 from tests.support.forked import run_forked
-from tests.train.test_pretrain import lines, tensors
+from tests.support.runs import outcome, tensors
 from train.build import Run
 from train.step import StepResult
 
-CLOCKS = {"tokens_per_second", "data_wait_ms", "slow_score"}
-"""What a record says of the machine, not of the run."""
 FAULTS = pytest.mark.faults
 CASES = [
     pytest.param(1, [], id="plain, accumulating"),
@@ -41,18 +37,6 @@ CASES = [
     ),
     pytest.param(1, ["data.packing=best_fit", "health.on_spike=clip"], id="best fit", marks=FAULTS),
 ]
-
-
-def outcome(run_dir: Path) -> dict[str, Any]:
-    """All that must be equal: records, and the last manifest with clocks, data position, rolling windows."""
-    folder = max((run_dir / "checkpoints").iterdir())
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["config"], manifest["checksum"]
-    records = [
-        {key: value for key, value in line.items() if key not in CLOCKS and not key.startswith("checkpoint")}
-        for line in lines(run_dir)
-    ]
-    return {"manifest": manifest, "records": records, "experts": lines(run_dir, "experts")}
 
 
 def stop_at(last: int, signalled: int) -> Callable[[int], None]:

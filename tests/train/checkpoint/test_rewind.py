@@ -10,8 +10,8 @@ import pytest
 
 from data.prefetch import Prefetcher
 from tests.support.forked import Ended, run_forked
-from tests.support.record_rows import digest
-from tests.train.test_pretrain import column, ending, lines, tensors
+from tests.support.programs.record_rows import digest
+from tests.support.runs import column, ending, lines, tensors
 from train.checkpoint.rewind import RewindConfig, set_newer_aside, skipped_steps
 
 STEPS = 10

@@ -16,21 +16,9 @@ import torch
 from torch.torch_version import TorchVersion
 
 from tests.support.disks import fill, small_disk
-from tests.support.jobs import workers
-from tests.train.test_pretrain import ROOT, column, command, ending, lines, pretrain, tensors
-
-SLOW_SAVES = """
-import os, runpy, sys, time
-sys.path.insert(0, {root!r})
-import train.checkpoint.storage
-def slow(name):
-    if name == "mid_shard" and os.path.exists({flag!r}):
-        open({flag!r} + ".reached", "w").close()
-        time.sleep({seconds})
-train.checkpoint.storage.failpoint = slow
-sys.argv[0] = {root!r} + "/train/pretrain.py"
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+from tests.support.forked import ROOT, pretrain
+from tests.support.jobs import command, workers
+from tests.support.runs import column, ending, lines, tensors
 
 
 def wait_for(condition: Callable[[], object], job: subprocess.Popen, said: Path) -> None:
@@ -100,10 +88,10 @@ def test_a_run_outlives_a_full_disk(
 @pytest.mark.faults
 def test_a_save_that_the_grace_cuts_off_is_no_checkpoint(license_corpus: Path, tmp_path: Path) -> None:
     """And the run had said so at its first save."""
-    run_dir, said, script = tmp_path / "run", tmp_path / "said.txt", tmp_path / "slow.py"
-    flag = tmp_path / "slow"
+    run_dir, said, flag = tmp_path / "run", tmp_path / "said.txt", tmp_path / "slow"
+    script = ROOT / "tests/support/programs/slow_saves.py"
     grace = 2 if torch.__version__ >= TorchVersion("2.12") else 30  # fixed before
-    script.write_text(SLOW_SAVES.format(root=str(ROOT), flag=str(flag), seconds=2 * grace))
+    variables = {"PET_SHUTDOWN_TIMEOUT": str(grace), "FLAG": str(flag), "SECONDS_TO_WAIT": str(2 * grace)}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     overrides = [
         "conf=debug", f"data.sources=[{{path: {license_corpus}}}]", f"run_dir={run_dir}",
@@ -112,7 +100,7 @@ def test_a_save_that_the_grace_cuts_off_is_no_checkpoint(license_corpus: Path, t
     with said.open("w") as file:
         job = subprocess.Popen(
             [*launcher, str(script), *overrides], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-            env={**os.environ, "PET_SHUTDOWN_TIMEOUT": str(grace)},
+            env={**os.environ, **variables},
         )  # fmt: skip
         try:
             wait_for(lambda: saved(run_dir), job, said)

@@ -18,7 +18,7 @@ import torch
 
 from parallel.collectives import Axis
 from tests.support.forked import run_forked
-from tests.train.test_pretrain import column, ending, lines, tensors
+from tests.support.runs import column, ending, lines, tensors
 from train.checkpoint.contents import CheckpointConfig, SaveMode
 from train.checkpoint.saving import Saver
 from train.checkpoint.storage import Box

@@ -12,11 +12,11 @@ import torch
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh, init_mesh
 from parallel.pipeline import SingleStage
+from tests.support.configs import config
 from tests.support.dist import run_distributed
 from tests.support.forked import run_forked
 from tests.support.layout_cases import TINY, Case, alone, build
-from tests.train.test_config import config
-from tests.train.test_pretrain import column, ending, lines, tensors
+from tests.support.runs import column, ending, lines, tensors
 from train.config import ConfigError
 from train.guard.integrity import DamagedStateError, StateGuard, digests
 from train.guard.spikes import Health, HealthConfig

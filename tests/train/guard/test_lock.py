@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.disks import fill, small_disk
-from tests.train.test_pretrain import ROOT, command, launch, pretrain, start_and_wait
+from tests.support.forked import ROOT, launch, pretrain
+from tests.support.jobs import command
+from tests.support.runs import start_and_wait
 from train.guard.lock import lock_holder, take_lock
 
 

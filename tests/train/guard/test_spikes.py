@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,27 +20,11 @@ from model.router import Micro, Router, Routing
 from parallel.collectives import Axis
 from parallel.grad import scale_gradients
 from parallel.placement import Shard, collect_gradients
-from tests.support.forked import run_forked
-from tests.train.test_pretrain import ROOT, column, ending, lines, tensors
+from tests.support.forked import ROOT, Ended, launch, run_forked
+from tests.support.runs import column, ending, lines, tensors
 from train.guard.spikes import Health, HealthConfig, OnSpike, find_non_finite
 
-POISON = """
-import os, runpy, sys
-sys.path.insert(0, {root!r})
-from model.transformer import Head, Transformer
-inner, head, number = Transformer.forward, Head.forward, [-1]
-def forward(self, *arguments, **named):
-    number[0] = -1 if named.get("number") is None else int(named["number"].view(-1)[0])
-    return inner(self, *arguments, **named)
-def poisoned(self, x, targets):
-    if number[0] in {numbers!r} and os.environ.get("RANK", "0") in {ranks!r}:
-        x = x.clone()
-        x[{row}] *= {factor}
-    return head(self, x, targets)
-Transformer.forward, Head.forward = forward, poisoned
-sys.argv[0] = {root!r} + "/train/pretrain.py"
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+PROGRAM = ROOT / "tests/support/programs/poison_row.py"
 
 
 def poisoned_run(
@@ -51,21 +32,15 @@ def poisoned_run(
     *overrides: str,
     numbers: list[int],
     row: int = 1,
-    factor: str = "float('nan')",
-    ranks: str = "01",
+    factor: str = "nan",
+    ranks: Sequence[int] = (0, 1),
     processes: int = 0,
-) -> subprocess.CompletedProcess[str]:
+) -> Ended:
     """Run with what the head reads multiplied in one row of some micro-batches (by `MicroBatch.number`)."""
-    script = tmp_path / "poison.py"
-    script.write_text(
-        POISON.format(root=str(ROOT), ranks=list(ranks), numbers=numbers, row=row, factor=factor)
-    )
-    start = [sys.executable]
-    if processes:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run(
-        [*start, str(script), "conf=debug", f"run_dir={tmp_path}/run", *overrides],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    poison = {"ROW": str(row), "FACTOR": factor, "NUMBERS": json.dumps(numbers), "RANKS": json.dumps(ranks)}
+    return launch(
+        "conf=debug", f"run_dir={tmp_path}/run", *overrides, processes=processes, program=PROGRAM,
+        variables={f"POISON_{name}": value for name, value in poison.items()}, timeout_s=120,
     )  # fmt: skip
 
 
@@ -83,7 +58,7 @@ def test_nan_on_one_rank_skips_one_step_on_all_and_is_named(
     number = 2 * 4 + 1 if layout else 2 * 2  # of step 3
     result = poisoned_run(
         tmp_path, *layout, f"data.sources=[{{path: {license_corpus}}}]", "train.steps=4",
-        "checkpoint.every=1", "checkpoint.keep=null", numbers=[number], ranks="1", processes=2,
+        "checkpoint.every=1", "checkpoint.keep=null", numbers=[number], ranks=[1], processes=2,
     )  # fmt: skip
     said = result.stdout + result.stderr
     assert result.returncode == 0, said
@@ -131,7 +106,7 @@ def test_a_spike_is_skipped_alike_on_all_ranks(action: str, license_corpus: Path
     """Logits x 1000 in one row of one rank at step 8."""
     result = poisoned_run(
         tmp_path, f"data.sources=[{{path: {license_corpus}}}]", *SPIKY, "train.steps=9",
-        f"health.on_spike={action}", numbers=[2 * 7], factor="1000", ranks="1", processes=2,
+        f"health.on_spike={action}", numbers=[2 * 7], factor="1000", ranks=[1], processes=2,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     run_dir, skipped = tmp_path / "run", action == "skip"

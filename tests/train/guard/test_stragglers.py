@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.forked import run_forked
-from tests.train.test_pretrain import lines
+from tests.support.runs import lines
 from train.guard.spikes import HealthConfig
 from train.guard.stragglers import NAMES, SectionClock, Slow, find_slow
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.support.map_cells import between, cells
+from tests.support.expert_records import between, cells
 from train.monitor.heat_maps import (
     BOTTOM,
     COLD,

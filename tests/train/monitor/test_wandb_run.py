@@ -16,8 +16,7 @@ from PIL import Image
 from rich.console import Console
 from wandb.proto import wandb_internal_pb2
 
-from tests.support.expert_records import experts_of, record_of
-from tests.support.map_cells import between, cells
+from tests.support.expert_records import between, cells, experts_of, record_of
 from train.monitor.alerts import Alert
 from train.monitor.heat_maps import BOTTOM, COLD, HOT, LEFT, NEUTRAL, RIGHT, SWATCH, TOP, UNKNOWN
 from train.monitor.metrics import LogConfig, MetricsWriter

@@ -19,8 +19,9 @@ from data.config import SourceConfig
 from data.dataset import DatasetWriter
 from data.mixture import Mixture
 from parallel.mesh import one_process
-from tests.train.test_config import config
-from tests.train.test_pretrain import ROOT, column, ending, launch, lines
+from tests.support.configs import config
+from tests.support.forked import ROOT, launch
+from tests.support.runs import column, ending, lines
 from train.build import build_data
 from train.checkpoint.storage import checksum
 from train.config import ConfigError, RunConfig
@@ -173,7 +174,7 @@ def test_the_program_shows_the_published_recipe() -> None:
     ]
 
 
-RECORDER = ROOT / "tests/support/record_rows.py"
+RECORDER = ROOT / "tests/support/programs/record_rows.py"
 """The program; it also writes what each step reads."""
 
 

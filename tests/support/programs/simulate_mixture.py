@@ -1,4 +1,6 @@
-"""Drawn against configured: python -m tests.support.simulate_mixture OUT.svg conf=NAME [key=value ...].
+"""Drawn against configured shares, as a picture.
+
+`python -m tests.support.programs.simulate_mixture OUT.svg conf=NAME [key=value ...]`
 
 `--scale TOKENS` in all (1e9). Row lengths, length bounds, mixtures, packing and window are the run's. Of the
 stages before the mixture first changes only the last is drawn; all stages get the same tokens, because in
