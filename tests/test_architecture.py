@@ -7,6 +7,7 @@ import ast
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ ALLOWED = {  # folder -> folders of ours that it may import
 }
 FILE_LINES, KERNEL_FILE_LINES = 400, 600
 FUNCTION_LINES, KERNEL_FUNCTION_LINES, TRAIN_STEP_LINES = 60, 200, 40
+FOLDER_FILES = 15
+WIDE_FOLDERS = ("kernels", "parallel", "model", "scripts")  # and their mirrors in tests/
 TOTAL_LINES, KERNEL_TOTAL_LINES = 15000, 4500
 PICKLES = (
     "pickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "torch.serialization",
@@ -51,12 +54,13 @@ class Source:
     def lines(self) -> int:
         return len(self.text.splitlines())
 
-    def nodes(self) -> Iterator[ast.AST]:
-        return ast.walk(ast.parse(self.text, self.path))
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        return list(ast.walk(ast.parse(self.text, self.path)))
 
     def imports(self) -> Iterator[tuple[int, str]]:
         """Line and dotted name of each import; `from a.b import c` is `a.b.c`."""
-        for node in self.nodes():
+        for node in self.nodes:
             if isinstance(node, ast.Import):
                 yield from ((node.lineno, alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -65,21 +69,27 @@ class Source:
     def uses(self) -> Iterator[tuple[int, str]]:
         """Imports, and dotted names in expressions."""
         yield from self.imports()
-        yield from ((n.lineno, dotted(n)) for n in self.nodes() if isinstance(n, ast.Attribute))
+        yield from ((n.lineno, dotted(n)) for n in self.nodes if isinstance(n, ast.Attribute))
 
     def keywords(self) -> Iterator[tuple[int, str]]:
         """Line and name of each argument that is passed by name."""
-        calls = (node for node in self.nodes() if isinstance(node, ast.Call))
+        calls = (node for node in self.nodes if isinstance(node, ast.Call))
         yield from ((call.lineno, each.arg) for call in calls for each in call.keywords if each.arg)
 
 
 Rule = Callable[[Path], list[str]]
 
 
+@cache
+def source(path: str, text: str) -> Source:
+    """One object for each text, because a dozen rules parse it."""
+    return Source(path, text)
+
+
 def sources(root: Path, *folders: str) -> list[Source]:
     files = sorted(path for folder in folders or FOLDERS for path in (root / folder).rglob("*.py"))
     return [
-        Source(path.relative_to(root).as_posix(), path.read_text(encoding="utf-8"))
+        source(path.relative_to(root).as_posix(), path.read_text(encoding="utf-8"))
         for path in files
         if "__pycache__" not in path.parts
     ]
@@ -110,10 +120,65 @@ def import_direction(root: Path) -> list[str]:
     ]
 
 
+ROOMS = ("checkpoint", "guard", "monitor", "schedule")
+BUILDERS = ("pretrain", "loop", "step", "build")
+
+
+def rooms_stand_below(root: Path) -> list[str]:
+    return [
+        f"{source.path}:{line}: imports {name}; the rooms of train/ know nothing of {', '.join(BUILDERS)}"
+        for source in sources(root, *(f"train/{room}" for room in ROOMS))
+        for line, name in source.imports()
+        if within(name, *(f"train.{module}" for module in BUILDERS))
+    ]
+
+
+def no_import_cycle(root: Path) -> list[str]:
+    files = {source.path[:-3].replace("/", "."): source for source in sources(root, *LIBRARY, "scripts")}
+    graph = {
+        name: {(known, line) for line, used in source.imports() for known in files if within(used, known)}
+        for name, source in files.items()
+    }
+    found, over = [], set[str]()
+
+    def visit(name: str, way: list[str]) -> None:
+        for used, line in sorted(graph[name]):
+            if used in way:
+                circle = " -> ".join([*way[way.index(used) :], used])
+                found.append(f"{files[name].path}:{line}: closes the circle {circle}")
+            elif used not in over:
+                visit(used, [*way, used])
+        over.add(name)
+
+    for name in graph:
+        if name not in over:
+            visit(name, [name])
+    return found
+
+
+def no_import_from_a_test(root: Path) -> list[str]:
+    return [
+        f"{source.path}:{line}: imports {name}; what tests share lives in tests/support/"
+        for source in sources(root, "tests")
+        for line, name in source.imports()
+        if any(part.startswith("test_") for part in name.split(".")[:-1])
+    ]
+
+
+def folder_size(root: Path) -> list[str]:
+    found = []
+    for folder in {Path(source.path).parent for source in sources(root)}:
+        files = [file for file in sources(root, folder.as_posix()) if Path(file.path).parent == folder]
+        modules = [file.path for file in files if not file.path.endswith("/__init__.py")]
+        if len(modules) > FOLDER_FILES and folder.name not in WIDE_FOLDERS:
+            found.append(f"{folder}/: {len(modules)} files, at most {FOLDER_FILES}; make rooms")
+    return found
+
+
 def explicit_imports(root: Path) -> list[str]:
     found = []
     for source in sources(root):
-        for node in source.nodes():
+        for node in source.nodes:
             if isinstance(node, ast.ImportFrom) and (node.level or node.module in FOLDERS):
                 what = "." * node.level + (node.module or "")
             elif isinstance(node, ast.Import) and any(within(alias.name, *FOLDERS) for alias in node.names):
@@ -156,7 +221,7 @@ def no_print(root: Path) -> list[str]:
     return [
         f"{source.path}:{node.lineno}: calls print; use logging.getLogger(__name__)"
         for source in sources(root, *LIBRARY)
-        for node in source.nodes()
+        for node in source.nodes
         if isinstance(node, ast.Call) and dotted(node.func) == "print" and source.path not in PROCESS_FILES
     ]
 
@@ -191,7 +256,7 @@ def file_size(root: Path) -> list[str]:
 def function_size(root: Path) -> list[str]:
     found = []
     for source in sources(root, *LIBRARY, "scripts"):
-        for node in source.nodes():
+        for node in source.nodes:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 limit = KERNEL_FUNCTION_LINES if source.folder == "kernels" else FUNCTION_LINES
                 limit = TRAIN_STEP_LINES if node.name == "train_step" else limit
@@ -254,7 +319,7 @@ def conf_is_yaml(root: Path) -> list[str]:
 def config_is_read_only(root: Path) -> list[str]:
     found = []
     for source in sources(root):
-        for node in source.nodes():
+        for node in source.nodes:
             if isinstance(node, ast.Attribute | ast.Subscript) and not isinstance(node.ctx, ast.Load):
                 target = dotted(node)
             elif isinstance(node, ast.Call) and dotted(node.func).endswith(("setattr", "__setattr__")):
@@ -269,7 +334,9 @@ def config_is_read_only(root: Path) -> list[str]:
 
 
 RULES: list[Rule] = [
-    import_direction, explicit_imports, no_distributed_in_the_math, deepspeed_in_one_file, hydra_at_the_entry,
+    import_direction, rooms_stand_below, no_import_cycle, no_import_from_a_test, folder_size,
+    explicit_imports,
+    no_distributed_in_the_math, deepspeed_in_one_file, hydra_at_the_entry,
     no_print, no_environment, no_pickle, file_size, function_size, total_size, unshadowed_names,
     telling_names, packages_are_empty, conf_is_yaml, config_is_read_only,
 ]  # fmt: skip
@@ -295,6 +362,12 @@ OFFENCES: list[tuple[Rule, str, str, int]] = [  # rule, file, text, offending li
     (import_direction, "train/a.py", "from scripts.b import C\n", 1),
     (import_direction, "train/a.py", "import tests.dist\n", 1),
     (import_direction, "scripts/a.py", "from tests.b import C\n", 1),
+    (rooms_stand_below, "train/guard/a.py", "x = 1\nfrom train.loop import C\n", 2),
+    (rooms_stand_below, "train/monitor/a.py", "def f():\n    from train.build import C\n", 2),
+    (no_import_cycle, "data/b.py", "import os\nfrom data.a import C\n", 2),
+    (no_import_cycle, "train/b.py", "def f():\n    from train.b import C\n", 2),
+    (no_import_from_a_test, "tests/data/test_b.py", "from tests.data.test_a import f\n", 1),
+    (no_import_from_a_test, "tests/support/a.py", "import torch\nfrom tests.test_a import f\n", 2),
     (explicit_imports, "train/a.py", "import model\n", 1),
     (explicit_imports, "train/a.py", "import torch, model.b as b\n", 1),
     (explicit_imports, "tests/a.py", "from model import b\n", 1),
@@ -380,7 +453,14 @@ def test_rule_accepts(rule: Rule, tmp_path: Path) -> None:
     assert rule(tmp_path) == []  # nothing there yet
     write_tree(tmp_path, LEGAL)
     assert rule(tmp_path) == []
-    assert rule in {offence[0] for offence in OFFENCES}
+    assert rule in {offence[0] for offence in OFFENCES} or rule is folder_size  # its test is below
+
+
+def test_a_crowded_folder_is_reported(tmp_path: Path) -> None:
+    write_tree(tmp_path, {f"train/guard/a{i}.py": "" for i in range(16)})
+    assert folder_size(tmp_path) == ["train/guard/: 16 files, at most 15; make rooms"]
+    write_tree(tmp_path / "wide", {f"tests/kernels/a{i}.py": "" for i in range(30)})
+    assert folder_size(tmp_path / "wide") == []
 
 
 def test_missing_package_file(tmp_path: Path) -> None:

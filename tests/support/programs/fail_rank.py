@@ -5,6 +5,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,7 @@ def fail() -> None:
 def main() -> None:
     """Run it with the fault in place."""
     sys.path[0] = str(ROOT)
-    from train import loop
-
+    loop: Any = import_module("train.loop")
     inner = loop.train_step
 
     def step(run: Any, batches: Sequence[Any]) -> Any:

@@ -7,7 +7,9 @@ import os
 import runpy
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -15,8 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def main() -> None:
     """Run it with slow saves."""
     sys.path[0] = str(ROOT)
-    import train.checkpoint.storage
-
+    storage: Any = import_module("train.checkpoint.storage")
     flag = Path(os.environ["FLAG"])
 
     def slow(name: str) -> None:
@@ -24,7 +25,7 @@ def main() -> None:
             Path(f"{flag}.reached").touch()
             time.sleep(float(os.environ["SECONDS_TO_WAIT"]))
 
-    train.checkpoint.storage.failpoint = slow
+    storage.failpoint = slow
     runpy.run_path(str(ROOT / "train/pretrain.py"), run_name="__main__")
 
 
