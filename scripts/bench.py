@@ -1,4 +1,4 @@
-"""Measure a part of the program against a floor and against its alternatives; print tables."""
+"""Measure a part of the program beside a lower bound and beside other implementations; print tables."""
 
 import sys
 from pathlib import Path
@@ -27,12 +27,14 @@ def _numbers(text: str) -> tuple[float, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
-    kernels = parts.add_parser("kernels", help="kernels against their floors and against other packages'")
-    kernels.add_argument("--only", type=lambda text: text.split(","), help="groups, with commas between them")
+    kernels = parts.add_parser("kernels", help="kernels beside their lower bounds and other packages'")
+    kernels.add_argument(
+        "--only", type=lambda text: text.split(","), metavar="GROUP,...", help="of cases (default: all)"
+    )
     kernels.add_argument("--peers", action="store_true", help="also time fla-core, liger-kernel and torch")
     moe = parts.add_parser(
         "moe",
-        help="the router's scope: drops, level and traffic of local and global on skewed loads",
+        help="drops, balance and traffic of router.scope=local and global on skewed loads",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     moe.add_argument("--skews", type=_numbers, default="0,0.3,0.6,1,1.5", help="exponents of Zipf's law")
@@ -40,15 +42,15 @@ def _parser() -> argparse.ArgumentParser:
     moe.add_argument("--edp", type=int, default=4, help="EP groups: replicas of each expert")
     moe.add_argument("--ep", type=int, default=8, help="ranks of an EP group")
     moe.add_argument("--experts", type=int, default=32, help="experts of the layer")
-    moe.add_argument("--top-k", type=int, default=2, help="choices of a token")
-    moe.add_argument("--tokens", type=int, default=8192, help="of an EP group and micro-batch")
-    moe.add_argument("--draws", type=int, default=16, help="random micro-batches a line")
-    moe.add_argument("--hidden", type=int, default=6144, help="width of a moved row")
+    moe.add_argument("--top-k", type=int, default=2, help="experts that a token chooses")
+    moe.add_argument("--tokens", type=int, default=8192, help="tokens of an EP group in a micro-batch")
+    moe.add_argument("--draws", type=int, default=16, help="random micro-batches for each line of the table")
+    moe.add_argument("--hidden", type=int, default=6144, help="hidden size of a row that moves between ranks")
     moe.add_argument("--time", action="store_true", help="time one rank's layer on a GPU instead")
-    moe.add_argument("--layer-tokens", type=int, default=16384, help="of the timed layer")
-    moe.add_argument("--layer-hidden", type=int, default=2048, help="of the timed layer")
-    moe.add_argument("--layer-ffn", type=int, default=1408, help="of the timed layer")
-    moe.add_argument("--repeats", type=int, default=20, help="timed runs, of which the median counts")
+    moe.add_argument("--layer-tokens", type=int, default=16384, help="tokens of the timed layer")
+    moe.add_argument("--layer-hidden", type=int, default=2048, help="its hidden size")
+    moe.add_argument("--layer-ffn", type=int, default=1408, help="inner size of its experts")
+    moe.add_argument("--repeats", type=int, default=20, help="timed runs, whose median is shown")
     for part in (kernels, moe):
         part.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers and the settings")
     return parser

@@ -5,6 +5,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import argparse
 import ast
 import inspect
 import itertools
@@ -99,4 +100,5 @@ def reference() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     TARGET.write_text(reference(), encoding="utf-8")

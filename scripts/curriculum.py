@@ -1,10 +1,11 @@
-"""Lists the stages of a run: python scripts/curriculum.py conf=NAME_OR_PATH [key=value ...]."""
+"""List the stages of a run: steps, tokens, row length, batch, learning rate, mixture, layout, checkpoints."""
 
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import argparse
 import os
 
 from hydra import compose, initialize_config_dir
@@ -22,13 +23,13 @@ COLUMNS = (
 
 
 def size(number: int) -> str:
-    """1024 -> 1Ki: rows and batches are powers of two."""
+    """Format a power of two, of rows and batches: 1024 -> 1Ki."""
     power, unit = next((p for p in ((2**20, "Mi"), (2**10, "Ki")) if number % p[0] == 0), (1, ""))
     return f"{number // power}{unit}"
 
 
 def line(stage: Stage, stages: list[Stage]) -> list[str]:
-    """What the table says of a stage."""
+    """Return the cells of the table for one stage."""
     cfg, end = stage.cfg, min(stage.end_step, total_steps(stages))
     total = tokens_at(stages, total_steps(stages))
     first, last = stage.first_step + 1, end
@@ -49,7 +50,7 @@ def line(stage: Stage, stages: list[Stage]) -> list[str]:
 
 
 def mixture(stage: Stage) -> str:
-    """Weights and length shares, and what changes inside the stage."""
+    """Describe weights and length shares, and what changes inside the stage."""
     own, settings = stage.own, stage.settings
     parts = [":".join(f"{weight:g}" for weight in own.weights)] if own.weights else []
     if own.length_shares is not None:
@@ -63,7 +64,7 @@ def mixture(stage: Stage) -> str:
 
 
 def read_config(argv: list[str]) -> RunConfig:
-    """The configuration that `train/pretrain.py` would resolve from the same arguments.
+    """Resolve the configuration as `train/pretrain.py` would from the same arguments.
 
     Raises:
         ConfigError: as there.
@@ -81,8 +82,10 @@ def read_config(argv: list[str]) -> RunConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; exit code 2 for what cannot be read."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="conf=NAME_OR_PATH key=value ...")
     try:
-        stages = build_stages(read_config(sys.argv[1:] if argv is None else argv))
+        stages = build_stages(read_config(parser.parse_args(argv).overrides))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,4 @@
-"""Long-context evaluation: `scripts/evaluate.py niah|perplexity --checkpoint CKPT ...`, with JSON and plots.
-
-niah: are facts found in a haystack, at depths x lengths? perplexity: does it fall on beyond training?
-"""
+"""Evaluate long contexts: needles in a haystack, or perplexity by length; writes JSON, SVG and HTML."""
 
 import sys
 from pathlib import Path
@@ -9,6 +6,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # import from the repository root, not from scripts/
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -47,20 +45,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
-    niah = kinds.add_parser("niah", help="needle in a haystack")
-    perplexity = kinds.add_parser("perplexity", help="by context length")
+    niah = kinds.add_parser("niah", help="are facts found in a long text, by depth and length?")
+    perplexity = kinds.add_parser("perplexity", help="does perplexity fall with the length of the context?")
     for one in (niah, perplexity):
         add = one.add_argument
         add("--checkpoint", type=Path, required=True, metavar="CKPT", help="a step folder or a run directory")
-        add("--lengths", type=numbers, metavar="N,N,...", help="tokens (default: 1/4 to 4 training rows)")
-        add("--rows", type=int, default=8, help="evaluated at once (default: %(default)s)")
-        add("--chunk", type=int, default=2048, metavar="N", help="tokens of a row read at once")
-        add("--output", type=Path, metavar="FOLDER", help="default: the run directory, else the present one")
-        add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-        add("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, else fp32")
+        add("--lengths", type=numbers, metavar="N,N,...", help="in tokens (default: 1/4 to 4 training rows)")
+        add("--rows", type=int, default=8, metavar="N", help="texts in a batch (default: %(default)s)")
+        add("--chunk", type=int, default=2048, metavar="N", help="tokens per pass (default: %(default)s)")
+        add("--output", type=Path, metavar="FOLDER", help="of the results (default: the run's, else .)")
+        add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto = a GPU if there is one")
+        add("--dtype", choices=list(DTYPES), help="of the weights (default: bf16 on a GPU, else fp32)")
     add = niah.add_argument
-    add("--depths", type=int, default=5, metavar="N", help="evenly from the haystack's start to its end")
-    add("--samples", type=int, default=16, metavar="N", help="questions for each depth and length")
+    add("--depths", type=int, default=5, metavar="N", help="evenly spaced depths (default: %(default)s)")
+    add("--samples", type=int, default=16, metavar="N", help="questions a cell (default: %(default)s)")
     add(
         "--distractors",
         type=int,
@@ -68,18 +66,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="facts about other keys (default: %(default)s)",
     )
-    add(
-        "--haystack", type=Path, metavar="FILE", help="text, one line a sentence (default: ten built-in ones)"
-    )
+    add("--haystack", type=Path, metavar="FILE", help="one sentence a line (default: ten built in)")
     add("--tokenizer", type=Path, metavar="FILE_OR_FOLDER", help="default: the checkpoint's, else its data's")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the questions (default: %(default)s)")
     add = perplexity.add_argument
+    add("--data", metavar="PREFIX", help="token files (default: held out of the first source)")
     add(
-        "--data",
-        metavar="PREFIX",
-        help="all its documents (default: what the run held out of its first source)",
+        "--documents", type=int, default=16, metavar="N", help="first ones long enough (default: %(default)s)"
     )
-    add("--documents", type=int, default=16, metavar="N", help="the first ones that are long enough")
     return parser.parse_args(argv)
 
 
@@ -143,9 +137,7 @@ def niah(
     sentences = SENTENCES if args.haystack is None else read_sentences(args.haystack)
     depths = np.linspace(0, 1, args.depths) if args.depths > 1 else np.array([0.5])
     found = np.zeros((len(depths), len(lengths)))
-    for (row, depth), (column, tokens) in (
-        (deep, long) for long in enumerate(lengths) for deep in enumerate(depths)
-    ):
+    for (column, tokens), (row, depth) in itertools.product(enumerate(lengths), enumerate(depths)):
         draw = np.random.default_rng([args.seed, row, tokens])
         tasks = [
             make_task(encode, sentences, draw, tokens=tokens, depth=depth, distractors=args.distractors)
@@ -154,13 +146,9 @@ def niah(
         for first in range(0, len(tasks), args.rows):
             some = tasks[first : first + args.rows]
             longest = max(len(task.answer) for task in some)
+            prompts = [task.prompt for task in some]
             answers = continue_prompts(
-                model,
-                [task.prompt for task in some],
-                end=None,
-                max_tokens=longest,
-                how=Sampling(),
-                chunk=args.chunk,
+                model, prompts, end=None, max_tokens=longest, how=Sampling(), chunk=args.chunk
             )
             right = [a[: len(task.answer)] == task.answer for a, task in zip(answers, some, strict=True)]
             found[row, column] += sum(right) / len(tasks)

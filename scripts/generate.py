@@ -1,6 +1,7 @@
-"""Continue texts: `scripts/generate.py --checkpoint CKPT --prompt TEXT [--prompt TEXT ...]`.
+"""Continue one or several prompts by a trained model.
 
-Prompts are one batch: read in chunks, then written token by token, with a constant state in lightning layers.
+Prompts form one batch: they are read in chunks, then continued token by token from the recurrent state of
+lightning layers and the keys and values of softmax layers.
 """
 
 import sys
@@ -33,18 +34,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="CKPT", help="a step folder or a run directory")
-    add("--prompt", action="append", required=True, metavar="TEXT", help="several make a batch")
+    add("--prompt", action="append", required=True, metavar="TEXT", help="text to continue; can be repeated")
     add("--max-tokens", type=int, default=128, metavar="N", help="new tokens a prompt (default: %(default)s)")
-    add("--temperature", type=float, default=1.0, help="0 = the most probable token (default: %(default)s)")
+    add(
+        "--temperature", type=float, default=1.0, metavar="T", help="0 = most probable (default: %(default)s)"
+    )
     add("--top-k", type=int, metavar="K", help="choose among the K most probable tokens")
-    add("--top-p", type=float, default=1.0, metavar="P", help="... among the fewest that have probability P")
-    add("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="... among the fewest of total probability P")
+    add("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     add("--chunk", type=int, default=2048, metavar="N", help="prompt tokens per pass (default: %(default)s)")
     add("--tokenizer", type=Path, metavar="FILE_OR_FOLDER", help="default: the checkpoint's, else its data's")
     add("--eos-token", metavar="TOKEN", help="ends a document (default: the tokenizer's usual one)")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--dtype", choices=list(DTYPES), help="default: bf16 on a GPU, else fp32")
-    add("--json", action="store_true", help="one object a prompt: prompt, text, tokens, finished")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto = a GPU if there is one")
+    add("--dtype", choices=list(DTYPES), help="of the weights (default: bf16 on a GPU, else fp32)")
+    add("--json", action="store_true", help="print one object per prompt: prompt, text, tokens, finished")
     return parser.parse_args(argv)
 
 

@@ -1,6 +1,6 @@
-"""Facts hidden in a haystack: questions for scripts/evaluate.py niah, and token files of texts to train on.
+"""Write token files of texts with hidden facts, to train on before `scripts/evaluate.py niah`.
 
-Text and questions are English sentences, so any tokenizer will do; lengths are counted in its tokens.
+Texts and questions are English sentences, so any tokenizer will do; lengths are counted in its tokens.
 """
 
 import sys
@@ -64,10 +64,13 @@ def make_task(
     depth: float,
     distractors: int,
 ) -> Task:
-    """A haystack of `tokens` tokens, question and answer included, with the needle at `depth`.
+    """Hide a fact in a text and ask for it.
 
     Args:
-        sentences: of the haystack, taken in random order.
+        encode: token ids of a text.
+        sentences: what the text consists of, taken in random order.
+        draw: source of all random choices.
+        tokens: length of the whole, question and answer included.
         depth: 0 = the needle comes first, 1 = just before the question.
         distractors: facts about other keys, anywhere.
 
@@ -94,7 +97,7 @@ def make_task(
 
 
 def fill(encode: Encode, sentences: Sequence[str], draw: np.random.Generator, tokens: int) -> list[list[int]]:
-    """Random sentences of `tokens` tokens together; the first one lacks its beginning."""
+    """Draw sentences of `tokens` tokens in all; the first one may lack its beginning."""
     found: list[list[int]] = []
     while (missing := tokens - sum(map(len, found))) > 0:
         found.append(encode(sentences[int(draw.integers(len(sentences)))])[-missing:])
@@ -102,7 +105,7 @@ def fill(encode: Encode, sentences: Sequence[str], draw: np.random.Generator, to
 
 
 def make_document(encode: Encode, draw: np.random.Generator, tokens: int) -> list[int]:
-    """`tokens` tokens: facts in a haystack, some of them again and again, one at the very end."""
+    """Draw a text of `tokens` tokens that states some facts again and again, one of them at the very end."""
     keys, values = draw.permutation(KEYS), draw.permutation(VALUES)
     facts = [encode(FACT.format(key=key, value=value)) for key, value in zip(keys, values, strict=False)]
     places = tokens // len(facts[0])
@@ -115,7 +118,7 @@ def make_document(encode: Encode, draw: np.random.Generator, tokens: int) -> lis
 
 
 def encoder(tokenizer: "Tokenizer") -> Encode:
-    """Token ids of a text, remembered: the same few sentences come again and again."""
+    """Return a function from text to token ids that remembers its results, as sentences come again."""
     return cache(lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
 
 
@@ -133,13 +136,13 @@ def word_tokenizer(file: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the files."""
+    """Write the files; exit code 2 if the options do not fit."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--output", type=Path, required=True, metavar="PREFIX")
-    add("--documents", type=int, default=100_000)
-    add("--tokens", type=int, default=256, help=f"of the longest; from {SHORTEST} on (default: %(default)s)")
-    add("--seed", type=int, default=0)
+    add("--output", type=Path, required=True, metavar="PREFIX", help="prefix of the files to write")
+    add("--documents", type=int, default=100_000, metavar="N", help="how many (default: %(default)s)")
+    add("--tokens", type=int, default=256, metavar="N", help="length of the longest (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the texts (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         print(write_dataset(args.output, args.documents, args.tokens, args.seed))
@@ -150,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_dataset(output: Path, documents: int, tokens: int, seed: int) -> str:
-    """Write PREFIX.bin, .idx, .json and .tokenizer.json; the line that sums it up."""
+    """Write PREFIX.bin, .idx, .json and .tokenizer.json; return a summary in one line."""
     if tokens < SHORTEST:
         raise ValueError(
             f"--tokens {tokens} must be at least {SHORTEST}, the length of the shortest document"

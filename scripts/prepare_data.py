@@ -1,6 +1,6 @@
 """Tokenize text into PREFIX.bin / PREFIX.idx (Megatron's format), PREFIX.tokenizer.json and PREFIX.json.
 
-Input that gives no document is counted by reason and listed in PREFIX.quarantine.jsonl; --strict refuses it.
+Input that cannot become a document is counted by reason and listed in PREFIX.quarantine.jsonl.
 """
 
 import sys
@@ -36,6 +36,7 @@ TRAINING_BYTES = 200_000_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Write the files; exit code 2 if the input or an option cannot be used."""
     args = parse_args(argv)
     try:
         print(prepare(args))
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     what = (
         f"quoted globs ('**' allowed) of {' '.join(SUFFIXES)} files, .txt .md .py being one document each; "
@@ -56,14 +58,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", required=True, metavar="PREFIX", help="prefix of the files to write")
     add("--tokenizer", required=True, metavar="DIR_OR_FILE", help="tokenizer.json or its folder")
     add("--train-tokenizer", type=int, metavar="VOCAB_SIZE", help="train --tokenizer on the input first")
-    add("--text-key", default="text", help="key of the text in .jsonl, .parquet and named datasets")
-    add("--split", default="train", help="split of a named dataset")
+    add("--text-key", default="text", help="key of the text in a record (default: %(default)s)")
+    add("--split", default="train", help="split of a named dataset (default: %(default)s)")
     add("--eos-token", metavar="TOKEN", help="ends a document (default: the tokenizer's usual one)")
-    add("--workers", type=int, default=os.cpu_count(), help="processes that tokenize")
-    longest = "refuse documents, and lines of .jsonl, of more bytes"
-    longest += " (default: %(default)s)"
+    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: one a core)")
+    longest = "refuse documents, and lines of .jsonl, of more bytes (default: %(default)s)"
     add("--max-document-bytes", type=int, default=MAX_DOCUMENT_BYTES, metavar="N", help=longest)
-    add("--strict", action="store_true", help="end with code 2 at the first input that gives no document")
+    add("--strict", action="store_true", help="stop with exit code 2 at input that cannot become a document")
     return parser.parse_args(argv)
 
 
@@ -115,6 +116,7 @@ def prepare(args: argparse.Namespace) -> str:
 
 
 def load_texts(inputs: Sequence, args: argparse.Namespace, quarantine: Quarantine, cache: str) -> "Dataset":
+    """Read the texts with the columns text, file and line."""
     from datasets import Dataset, Features, Value
     from datasets.exceptions import DatasetGenerationError
 

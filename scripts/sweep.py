@@ -1,5 +1,6 @@
-"""Submits a Slurm job a combination: scripts/sweep.py conf=NAME optimizer.lr=1e-4,2e-4 seed=1,2 -- --nodes=2.
+"""Submit one Slurm job for each combination of values.
 
+Example: scripts/sweep.py conf=NAME optimizer.lr=1e-4,2e-4 seed=1,2 -- --nodes=2
 Each configuration is composed and checked before the first job is submitted.
 """
 
@@ -126,10 +127,14 @@ def main(argv: list[str] | None = None) -> int:
     """Check all, then submit all; exit code 2 for what cannot be."""
     arguments = sys.argv[1:] if argv is None else argv
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = argparse.ArgumentParser(usage=(__doc__ or "").splitlines()[0])
-    parser.add_argument("overrides", nargs="+", help="conf=NAME key=a,b ...; after --, options of sbatch")
-    parser.add_argument("--folder", default="runs/sweep", help="holds the run directories")
-    parser.add_argument("--processes", type=int, help="of each job: checks the layout, too")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "overrides", nargs="+", metavar="KEY=VALUE", help="conf=NAME, key=a,b; after --: options of sbatch"
+    )
+    parser.add_argument("--folder", default="runs/sweep", help="holds the runs (default: %(default)s)")
+    parser.add_argument("--processes", type=int, metavar="N", help="of each job; checks the layout, too")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, submit nothing")
     args = parser.parse_args(arguments[:split])
     try:

@@ -47,10 +47,12 @@ class Scale:
     log: bool = False
 
     def place(self, values: ArrayLike) -> np.ndarray:
+        """Return where values stand, in SVG units."""
         low, high, at = (np.log10(v) if self.log else np.asarray(v) for v in (self.low, self.high, values))
         return self.start + (at - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, count: int) -> list[float]:
+        """Return about `count` round values inside the scale."""
         if self.log:
             first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
             return [10.0**k for k in range(first, last + 1, 1 + (last - first) // count)]
@@ -192,7 +194,7 @@ def _cell(cell: Cell, hue: str, tip: str) -> str:
 
 
 def lone_svg(figure: str) -> str:
-    """The drawing of a figure as an SVG file of its own, with the title inside, light and dark."""
+    """Return the drawing of a figure as an SVG file of its own, with the title inside, light and dark."""
     svg = figure[figure.index("<svg") : figure.index("</svg>")]
     head, _, body = svg.partition(">")
     head = re.sub(r' data-series="[^"]*"', "", head)  # for hovering, which needs the page's script

@@ -1,7 +1,8 @@
 """TensorBoard's event files, an option: `tensorboard --logdir RUN_DIR/tensorboard`; rank 0 only."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -58,27 +59,29 @@ class EventFiles:
         values = {key: value for key, value in panel_values(record).items() if value is not None}
         self.step = step
         maps = expert_maps(experts)
-        try:
+        with self._optional(f"step {step}"):
             for key, value in (values | expert_values(experts)).items():
                 self.writer.add_scalar(key, value, step)
             for key, (picture, _) in maps.items():
                 self.writer.add_image(key, np.asarray(picture), step, dataformats="HWC")
             self.writer.flush()
-        except OSError as error:
-            log.warning("tensorboard is off, step %d failed: %s", step, error)
-            self.writer = None
 
     def alert(self, alert: Alert) -> None:
         """Show one alert as a text."""
         if self.writer is not None:
-            try:
+            with self._optional("an alert"):
                 self.writer.add_text(f"alerts/{alert.title}", alert.text, self.step)
                 self.writer.flush()
-            except OSError as error:
-                log.warning("tensorboard is off, an alert failed: %s", error)
-                self.writer = None
 
     def close(self) -> None:
         """End the files."""
         if self.writer is not None:
             self.writer.close()
+
+    @contextmanager
+    def _optional(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            log.warning("tensorboard is off, %s failed: %s", what, error)
+            self.writer = None

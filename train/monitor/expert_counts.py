@@ -59,8 +59,11 @@ def read_counts(
     """Sum the routers' statistics over all ranks and start the next interval.
 
     Args:
-        routers: of this rank's layers. layers: their numbers.
+        routers: those of this rank's layers.
+        layers: numbers of these layers in the model.
+        num_layers: layers of the whole model.
         num_micro: micro-batches of a step.
+        world: all ranks of the job.
     """
     counts = torch.stack([torch.cat([r.load, r.dropped, r.moved[None]]) for r in routers])
     losses = torch.stack([r.losses for r in routers]) / num_micro

@@ -77,7 +77,7 @@ class HeatMap(NamedTuple):
             yield Label(LEFT + (c + 0.5) * width, bottom + 15, columns[c])
         for x, value in self._samples(width):
             more = "+" if value == self.limit and (self.values > value).any() else ""
-            yield Label(x + SWATCH / 2, 25, f"{value:.3g}{more}")
+            yield Label(x + SWATCH / 2, 25, f"{value:.{2 if value < 10 else 3}g}{more}")
 
     def _samples(self, width: float) -> list[tuple[float, float]]:
         """Left side and value of each sample of the legend, which ends with the drawing."""

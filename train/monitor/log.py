@@ -11,6 +11,7 @@ def set_up_logging(rank: int, console: Console) -> None:
     """Configure the root logger of this process.
 
     Args:
+        rank: of this process; ranks other than 0 are quieter and named in front.
         console: where lines go; a terminal gets colours and keeps the live progress below them.
     """
     handler: logging.Handler

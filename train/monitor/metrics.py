@@ -120,8 +120,7 @@ class MetricsWriter:
         for path in self.files.values():
             truncate_records(path, step)
         self.watch = ExpertWatch(dead_after=log_config.dead_after, max_drop_rate=log_config.max_drop_rate)
-        self.dashboard: Dashboard | None = None
-        self.events: EventFiles | None = None
+        self.dashboards: list[Dashboard | EventFiles] = []
         self.progress = _progress_bar(console) if console.is_terminal else None
         if self.progress is not None:
             self.task = self.progress.add_task("training", total=total_steps, completed=step, text="")
@@ -129,11 +128,11 @@ class MetricsWriter:
 
     def start_wandb(self, cfg: WandbConfig, *, name: str, run_dir: Path, config: Mapping[str, Any]) -> None:
         """Open the wandb run, the same one after a resume; a failure is a warning."""
-        self.dashboard = Dashboard(cfg, name=name, run_dir=run_dir, config=config)
+        self.dashboards.append(Dashboard(cfg, name=name, run_dir=run_dir, config=config))
 
     def start_tensorboard(self, cfg: TensorboardConfig, *, run_dir: Path, step: int) -> None:
         """Go on with the event files after `step`; a failure is a warning."""
-        self.events = EventFiles(cfg, run_dir, step)
+        self.dashboards.append(EventFiles(cfg, run_dir, step))
 
     def advance(self, step: int) -> None:
         """Move the live display."""
@@ -151,29 +150,23 @@ class MetricsWriter:
         log.info("%s", text)
         if self.progress is not None:
             self.progress.update(self.task, text=f"loss {record['loss']:.4f}")
-        if self.dashboard is not None:
-            self.dashboard.write(record, experts)
-        if self.events is not None:
-            self.events.write(record, experts)
+        for dashboard in self.dashboards:
+            dashboard.write(record, experts)
         for alert in self.watch.feed(record, experts):
             log.warning("%s at %s", alert.title, alert.text)
             self.alert(alert)
 
     def alert(self, alert: Alert) -> None:
         """Pass an alert on to wandb and TensorBoard."""
-        if self.dashboard is not None:
-            self.dashboard.alert(alert)
-        if self.events is not None:
-            self.events.alert(alert)
+        for dashboard in self.dashboards:
+            dashboard.alert(alert)
 
     def close(self) -> None:
         """End the live display, the wandb run and TensorBoard's files."""
         if self.progress is not None:
             self.progress.stop()
-        if self.dashboard is not None:
-            self.dashboard.close()
-        if self.events is not None:
-            self.events.close()
+        for dashboard in self.dashboards:
+            dashboard.close()
 
 
 def console_line(record: Mapping[str, Any]) -> str:
