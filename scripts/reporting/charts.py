@@ -175,7 +175,7 @@ def draw_heat_map(
     body = [
         '<path class="mid" d="',
         *(f"M{x:.2f} {y:.2f}h{width:.2f}v{height:.2f}h-{width:.2f}z" for x, y, width, height, _ in cells),
-        f'"/><g class="cells" stroke-width="{min(1.0, min(size) / 8):.2f}">',
+        f'"/><g class="cells" stroke-width="{int(min(size) >= 6)}">',
         *(_cell(cell, hue, more) for cell, more in zip(cells, tips, strict=True)),
         "</g>",
         *(_text(*label) for label in labels),
