@@ -206,18 +206,13 @@ def perplexity(
         print("{:>9,}{:>12.3f}{:>12.3f}".format(*row))
     trained, x = trained_length(checkpoint), np.array(lengths, dtype=float)
     title = "Perplexity by length" + (f" (trained at {trained:,} tokens)" if trained else "")
-    curves = [
-        Series("whole text", x, np.array(whole), x),
-        Series("its last tokens", x, np.array(newest), x, "points"),
-    ]
+    last_tokens = Series("its last tokens", x, np.array(newest), x, "points")
+    curves = [Series("whole text", x, np.array(whole), x), last_tokens]
     results = {"documents": len(texts), "perplexity": whole, "newest": newest, **memory}
-    print(
-        f"lightning states {memory['state_bytes']:,} bytes, keys and values {memory['cache_bytes']:,} bytes"
-    )
-    return line_chart(title, curves, x_title="tokens; line: whole text, dots: its last tokens"), {
-        **facts(checkpoint, lengths),
-        **results,
-    }
+    sizes = f"{memory['state_bytes']:,} bytes, keys and values {memory['cache_bytes']:,} bytes"
+    print(f"lightning states {sizes}")
+    figure = line_chart(title, curves, x_title="tokens; line: whole text, dots: its last tokens")
+    return figure, {**facts(checkpoint, lengths), **results}
 
 
 def read_texts(checkpoint: Manifest, prefix: str | None, tokens: int, count: int) -> np.ndarray:
@@ -256,12 +251,8 @@ def read_texts(checkpoint: Manifest, prefix: str | None, tokens: int, count: int
 
 def facts(checkpoint: Manifest, lengths: list[int]) -> dict[str, Any]:
     """What all results say."""
-    return {
-        "checkpoint": str(checkpoint.folder),
-        "step": checkpoint.step,
-        "trained_length": trained_length(checkpoint),
-        "lengths": lengths,
-    }
+    known = {"checkpoint": str(checkpoint.folder), "step": checkpoint.step}
+    return {**known, "trained_length": trained_length(checkpoint), "lengths": lengths}
 
 
 def write(kind: str, figure: str, results: dict[str, Any], folder: Path) -> None:

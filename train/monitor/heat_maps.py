@@ -115,11 +115,9 @@ def _colour(strength: float) -> tuple[int, ...]:
 def expert_maps(experts: Mapping[str, Any]) -> dict[str, tuple[Image.Image, str]]:
     """Pictures under `moe/` with captions: loads, and drops where there are any."""
     load, dropped = (np.array(experts[key], dtype=float) for key in ("load", "dropped"))
-    picture = paint(load_share(load), centre=1, limit=LOAD_LIMIT)
-    maps = {"moe/load_map": (picture, "choices / layer mean")}
+    maps = {"moe/load_map": (paint(load_share(load), centre=1, limit=LOAD_LIMIT), "choices / layer mean")}
     if dropped.any():
-        picture = paint(ratio(dropped, load), centre=0, limit=DROP_LIMIT)
-        maps["moe/drop_map"] = (picture, "dropped / choices")
+        maps["moe/drop_map"] = (paint(ratio(dropped, load), centre=0, limit=DROP_LIMIT), "dropped / choices")
     return maps
 
 
