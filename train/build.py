@@ -1,10 +1,8 @@
 """Every object of a run, built once and in order, from the configuration to the first batch."""
 
-import json
 import logging
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from data.config import DataConfig
-from data.dataset import TokenDataset
-from data.loader import Loader, Shape
-from data.materialise import materialise
-from data.mixture import Mixture
 from data.packing import Batch
 from data.prefetch import Prefetcher
 from model.config import Balancing
@@ -24,59 +17,27 @@ from model.flops import count_parameters
 from model.router import Router
 from model.transformer import Transformer
 from parallel.apply import build_parts, parallelize
-from parallel.collectives import from_leader
 from parallel.launch import launcher_grace_s
 from parallel.mesh import Mesh
 from parallel.optimizer import build_optimizer
 from parallel.pipeline import Pipeline, SingleStage
 from parallel.placement import Shard
-from train.checkpoint.contents import Change, Resume, SaveMode, own_boxes
-from train.checkpoint.manifest import Manifest
-from train.checkpoint.resume import NoCheckpointError, Start, load_checkpoint, load_weights, set_results_aside
-from train.checkpoint.rewind import skipped_steps
+from train.checkpoint.contents import Resume, SaveMode, own_boxes
+from train.checkpoint.resume import Start, load_checkpoint, load_weights, set_results_aside
 from train.checkpoint.saving import Saver
 from train.config import ConfigError, Device, Precision, RunConfig, user_errors
-from train.curriculum_stages import Stage, doubts, naming, stage_of, tokens_at, total_steps
+from train.curriculum_stages import Stage, doubts, tokens_at, total_steps
 from train.guard.integrity import StateGuard
-from train.guard.signals import StoppedEarly, StopRequest
+from train.guard.signals import StopRequest
 from train.guard.spikes import Health
 from train.guard.watchdog import Watchdog
 from train.monitor.metrics import MetricsWriter
+from train.progress import RunProgress, restore_clocks
+from train.training_data import build_data
 
 log = logging.getLogger(__name__)
 
-BEAT_SECONDS = 30
-SKIPPED = "skipped by rewind"
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
-
-
-@dataclass
-class RunProgress:
-    """The clocks of a run; all of them are in the checkpoint."""
-
-    step: int = 0
-    """Steps taken, skipped ones included."""
-    tokens: int = 0
-    """Input tokens consumed since step 0."""
-    optimizer_steps: int = 0
-    """Updates made."""
-    consumed: dict[str, list[int]] = field(default_factory=dict)
-    """By stage name, or SKIPPED: stream tokens taken from each of data.sources."""
-    rewinds: list[list[int]] = field(default_factory=list)
-    """[to] or [to, a, b] of each rewind before this step, as in RewindConfig."""
-
-    def count_sources(self, stage: str, totals: list[int], skipped: Sequence[int] = ()) -> None:
-        """Note what a stage took: of the run's totals, what no other stage did and no rewind skipped."""
-        if any(skipped):
-            self.consumed[SKIPPED] = list(skipped)
-        others = [tokens for name, tokens in self.consumed.items() if name != stage]
-        self.consumed[stage] = [total - sum(taken) for total, *taken in zip(totals, *others, strict=True)]
-
-    def advance(self, tokens: int, *, skipped: bool) -> None:
-        """Count one step of `tokens` input tokens."""
-        self.step += 1
-        self.tokens += tokens
-        self.optimizer_steps += not skipped
 
 
 @dataclass
@@ -202,36 +163,6 @@ def build_metrics(stages: list[Stage], cfg: RunConfig, step: int, console: Conso
     return metrics
 
 
-def restore_clocks(manifest: Manifest, loader: Prefetcher, health: Health, cfg: RunConfig) -> RunProgress:
-    """Clocks, data position and windows of a checkpoint, before anything large is allocated.
-
-    Raises:
-        ValueError: the data are others, and nobody allowed that.
-        NoCheckpointError: they are not what this version writes.
-    """
-    facts = manifest.facts
-    try:
-        progress = RunProgress(**facts["progress"])
-        if cfg.rewind.entry and cfg.rewind.entry not in progress.rewinds:
-            progress.rewinds.append(cfg.rewind.entry)
-        skips = skipped_steps(progress.rewinds)
-        if "health" in facts:  # else saved before there was any
-            health.load_state_dict(facts["health"])
-        try:
-            loader.load_state_dict(facts["data"], step=progress.step, skips=skips)
-        except ValueError as error:
-            if Change.data not in cfg.checkpoint.allow_changes:
-                raise
-            log.warning("the data are read from their start: %s", error)
-            loader.load_state_dict(loader.state_dict(), step=progress.step)
-            progress.consumed = {}
-        if "consumed" not in facts["progress"]:  # saved before stages were counted
-            progress.count_sources("before", facts["data"]["source_tokens"])
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise NoCheckpointError(f"{manifest.folder}: its state is not of this version: {error!r}") from error
-    return progress
-
-
 def build_model(cfg: RunConfig, mesh: Mesh) -> tuple[list[Transformer], list[Shard]]:
     """This rank's pipeline stages with their initial weights, and its part of every parameter."""
     count = count_parameters(cfg.model)
@@ -283,79 +214,6 @@ def count_data(run: Run) -> dict[str, Any]:
     data = run.loader.state_dict()
     run.progress.count_sources(run.stage.name, data["source_tokens"], data["skipped_tokens"])
     return data
-
-
-def build_data(
-    stages: list[Stage], stage: Stage, mesh: Mesh, stop: StopRequest
-) -> tuple[Prefetcher, Callable[[RunConfig], list[Batch]]]:
-    """The training data of all stages, and a function that reads a stage's held-out rows."""
-    cfg = stage.cfg
-    datasets = [TokenDataset(prefix) for prefix in find_tokens(cfg.data, mesh, stop)]
-    where: dict[str, Any] = {
-        "rank": mesh.dp.rank,
-        "size": mesh.dp.size,
-        "vocab_size": cfg.model.vocab_size,
-    }
-
-    def plan(number: int) -> tuple[Shape, Mixture]:
-        at = stage_of(stages, number)
-        batch = at.cfg.batch
-        rows = batch.global_tokens // batch.row_tokens
-        return Shape(batch.row_tokens, rows, batch.micro_rows), at.mixture_at(tokens_at(stages, number))
-
-    def held_out(cfg: RunConfig) -> list[Batch]:
-        shape = Shape(cfg.batch.row_tokens, cfg.eval.rows, cfg.batch.micro_rows)
-        return Loader(datasets, cfg.data, split="eval", shape=shape, seed=0, **where).next_step()
-
-    if cfg.eval.every is not None:
-        held_out(cfg)  # an empty split is an error now, not at the first evaluation
-    shape, _ = plan(stage.first_step)
-    buckets = any(one.own.length_shares is not None for one in stages)
-    loader = Loader(datasets, cfg.data, split="train", shape=shape, seed=cfg.seed, buckets=buckets, **where)
-    for one in stages:
-        with naming(one.name):
-            if one.cfg.parallel == cfg.parallel:  # else its shape is for another number of ranks
-                loader.check(plan(one.first_step)[0], one.own)
-            for mixture in (one.mixture_at(one.first_tokens), one.own, one.last):
-                loader.check_mixture(mixture)
-    return Prefetcher(loader, plan, step=stage.first_step, device=mesh.device), held_out
-
-
-def find_tokens(cfg: DataConfig, mesh: Mesh, stop: StopRequest) -> list[str]:
-    """Prefixes of the sources' token files. Rank 0 tokenizes what is not yet, the others wait for it.
-
-    Raises:
-        ValueError: text or tokenizer cannot be used; the same on every rank.
-        StoppedEarly: rank 0 was asked to stop while it tokenized; raised on every rank.
-    """
-    beat = time.monotonic()
-
-    def progress(documents: int) -> None:
-        nonlocal beat
-        if stop.signal_name is not None:
-            raise StoppedEarly(stop.signal_name)
-        if time.monotonic() > beat + BEAT_SECONDS:
-            log.info("tokenized %d documents", documents)
-            from_leader("", mesh.world)  # so that no rank takes a long wait for a dead leader
-            beat = time.monotonic()
-
-    said = ""
-    if mesh.rank == 0:
-        try:
-            prefixes = [materialise(cfg, i, progress) for i in range(len(cfg.sources))]
-            said = json.dumps({"prefixes": prefixes})
-        except ValueError as error:
-            said = json.dumps({"error": str(error)})
-        except StoppedEarly as early:
-            said = json.dumps({"stopped": str(early)})
-    while not (heard := from_leader(said, mesh.world)):
-        pass
-    found = json.loads(heard)
-    if "stopped" in found:
-        raise StoppedEarly(f"{found['stopped']} while text was tokenized")
-    if "error" in found:
-        raise ValueError(found["error"])
-    return found["prefixes"]
 
 
 def device_type(device: Device) -> str:

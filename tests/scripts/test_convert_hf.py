@@ -34,12 +34,12 @@ from tests.support.hf_folders import (
 )
 from tests.support.runs import lines
 from tests.support.transformers_models import make_config, make_pair, one_document
-from train.build import build_data
 from train.checkpoint.load_model import load_model, open_checkpoint
 from train.checkpoint.restore import verify
 from train.config import load_config
 from train.curriculum_stages import build_stages
 from train.guard.signals import StopRequest
+from train.training_data import build_data
 
 L, S = LayerType.lightning, LayerType.softmax
 

@@ -21,8 +21,8 @@ from tests.support.dist import run_distributed
 from tests.support.forked import ROOT, launch, pretrain
 from tests.support.jobs import command
 from tests.support.runs import column, ending
-from train.build import find_tokens
 from train.guard.signals import StopRequest
+from train.training_data import find_tokens
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +137,8 @@ def wait_for_the_leader(rank: int, folder: str, cache: str) -> None:
         return from_leader(text, axis)
 
     patch = pytest.MonkeyPatch()  # ends with this process
-    patch.setattr("train.build.BEAT_SECONDS", 0)
-    patch.setattr("train.build.from_leader", count)
+    patch.setattr("train.training_data.BEAT_SECONDS", 0)
+    patch.setattr("train.training_data.from_leader", count)
     mesh = init_mesh(ParallelConfig(), "cpu")
     source = SourceConfig(dataset=f"{folder}/text.jsonl", text_key="body")
     cfg = DataConfig(sources=[source, source], tokenizer=folder, cache_dir=cache)

@@ -22,12 +22,12 @@ from parallel.mesh import one_process
 from tests.support.configs import config
 from tests.support.forked import ROOT, launch
 from tests.support.runs import column, ending, lines
-from train.build import build_data
 from train.checkpoint.storage import checksum
 from train.config import ConfigError, RunConfig
 from train.curriculum_stages import build_stages, stage_of, tokens_at, total_steps, validate_stages
 from train.guard.signals import StopRequest
 from train.schedule.curriculum import LrShape, StageConfig, StageLayout
+from train.training_data import build_data
 
 SOURCES = "data.sources=[{path: corpus/python}]"
 
