@@ -73,7 +73,7 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
     set_up_logging(launched_rank(), console)
     run_dir, leader = Path(cfg.run_dir), launched_rank() == 0
     try:
-        lock = take_lock(run_dir, launch_name(), slurm_job()) if leader else RunLock(None, "")
+        lock = take_lock(run_dir, launch_name(), slurm_job()) if leader else RunLock(None)
         stages = build_stages(cfg)
         validate_stages(stages, launched_world_size())
         if lock.file is not None:

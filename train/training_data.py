@@ -1,6 +1,5 @@
 """The training data of a run and its held-out rows."""
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from parallel.collectives import from_leader
 from parallel.mesh import Mesh
 from train.config import RunConfig
 from train.curriculum_stages import Stage, naming, stage_of, tokens_at
-from train.guard.signals import StoppedEarly, StopRequest
+from train.guard.signals import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -61,37 +60,31 @@ def build_data(
 
 
 def find_tokens(cfg: DataConfig, mesh: Mesh, stop: StopRequest) -> list[str]:
-    """Prefixes of the sources' token files. Rank 0 tokenizes what is not yet, the others wait for it.
+    """Find the prefixes of the sources' token files; rank 0 tokenizes what is missing, the others wait.
 
     Raises:
         ValueError: text or tokenizer cannot be used; the same on every rank.
-        StoppedEarly: rank 0 was asked to stop while it tokenized; raised on every rank.
+        StoppedEarly: a rank was asked to stop meanwhile; on every rank.
     """
-    beat = time.monotonic()
+    when, beat = "while text was tokenized", time.monotonic()
 
     def progress(documents: int) -> None:
         nonlocal beat
-        if stop.signal_name is not None:
-            raise StoppedEarly(stop.signal_name)
-        if time.monotonic() > beat + BEAT_SECONDS:
+        if stop.is_set or time.monotonic() > beat + BEAT_SECONDS:
             log.info("tokenized %d documents", documents)
-            from_leader("", mesh.world)  # so that no rank takes a long wait for a dead leader
+            from_leader(None, mesh.world)  # so that no rank takes a long wait for a dead leader
+            stop.leave_early(mesh.world, when)
             beat = time.monotonic()
 
-    said = ""
+    result: tuple[list[str], str | None] | None = None
     if mesh.rank == 0:
         try:
-            prefixes = [materialise(cfg, i, progress) for i in range(len(cfg.sources))]
-            said = json.dumps({"prefixes": prefixes})
+            result = [materialise(cfg, i, progress) for i in range(len(cfg.sources))], None
         except ValueError as error:
-            said = json.dumps({"error": str(error)})
-        except StoppedEarly as early:
-            said = json.dumps({"stopped": str(early)})
-    while not (heard := from_leader(said, mesh.world)):
-        pass
-    found = json.loads(heard)
-    if "stopped" in found:
-        raise StoppedEarly(f"{found['stopped']} while text was tokenized")
-    if "error" in found:
-        raise ValueError(found["error"])
-    return found["prefixes"]
+            result = [], str(error)
+    while (heard := from_leader(result, mesh.world)) is None:
+        stop.leave_early(mesh.world, when)
+    prefixes, problem = heard
+    if problem is not None:
+        raise ValueError(problem)
+    return prefixes

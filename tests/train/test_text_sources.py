@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -132,9 +133,9 @@ def wait_for_the_leader(rank: int, folder: str, cache: str) -> None:
     """Every batch is a beat, and each rank hears of all of them and of the end."""
     beats = []
 
-    def count(text: str, axis: Axis) -> str:
-        beats.append(text)
-        return from_leader(text, axis)
+    def count(value: Any, axis: Axis) -> Any:
+        beats.append(value)
+        return from_leader(value, axis)
 
     patch = pytest.MonkeyPatch()  # ends with this process
     patch.setattr("train.training_data.BEAT_SECONDS", 0)

@@ -24,18 +24,18 @@ class RunLock(NamedTuple):
 
     file: TextIO | None
     """Keep it: closing it lets the lock go. None where it was not taken."""
-    holder: str
-    """Who else has it, for people; "" = nobody."""
-    error: str = ""
-    """Why nothing can be written there; "" = it can."""
+    holder: str | None = None
+    """Who else has it, for people."""
+    error: str | None = None
+    """Why nothing can be written there."""
 
-    def refusal(self, run_dir: Path) -> str:
-        """Why no job can start in the directory; "" = one can."""
+    def refusal(self, run_dir: Path) -> str | None:
+        """Say why no job can start in the directory; None if one can."""
         if self.error:
             return f"run_dir={run_dir} cannot be used: {self.error}; mend that, or give another run_dir"
         if self.holder:
             return f"run_dir={run_dir} is in use by {self.holder}; stop it, or use another run_dir"
-        return ""
+        return None
 
 
 def take_lock(run_dir: Path, launch: str, slurm_job: str | None) -> RunLock:
@@ -47,7 +47,7 @@ def take_lock(run_dir: Path, launch: str, slurm_job: str | None) -> RunLock:
     try:
         return _take_lock(run_dir, launch, slurm_job)
     except OSError as error:
-        return RunLock(None, "", str(error))
+        return RunLock(None, error=str(error))
 
 
 def _take_lock(run_dir: Path, launch: str, slurm_job: str | None) -> RunLock:
@@ -59,23 +59,23 @@ def _take_lock(run_dir: Path, launch: str, slurm_job: str | None) -> RunLock:
             facts = {"host": socket.gethostname(), "pid": os.getpid(), "slurm_job": slurm_job}
             text = json.dumps({**facts, "launch": launch}) + "\n"
             os.write(file.fileno(), text.encode())  # a buffer would fail once more when it is closed
-            return RunLock(file, "")
+            return RunLock(file)
         time.sleep(PAUSE_SECONDS)
     holder = _describe(_read(file))
     file.close()
     return RunLock(None, holder)
 
 
-def lock_holder(run_dir: Path, launch: str) -> str:
-    """Who else than this launch has the lock, for people; "" = nobody. Any rank may ask."""
+def lock_holder(run_dir: Path, launch: str) -> str | None:
+    """Tell who else than this launch has the lock, for people; None if nobody has. Any rank may ask."""
     path = run_dir / ".lock"
     if not path.exists():
-        return ""
+        return None
     with path.open(encoding="utf-8") as file:
         if _try(file, fcntl.LOCK_SH):
-            return ""
+            return None
         facts = _read(file)
-    return "" if facts.get("launch") == launch else _describe(facts)
+    return None if facts.get("launch") == launch else _describe(facts)
 
 
 def _try(file: TextIO, kind: int) -> bool:

@@ -25,15 +25,15 @@ def arguments(corpus: Path, run_dir: Path) -> list[str]:
 
 def test_a_second_holder_learns_who_the_first_is(tmp_path: Path) -> None:
     first = take_lock(tmp_path / "run", "a:1", "42")
-    assert first.holder == "" and lock_holder(tmp_path / "run", "a:1") == ""
+    assert first.holder is None and lock_holder(tmp_path / "run", "a:1") is None
     second = take_lock(tmp_path / "run", "b:2", None)
-    assert second.file is None
+    assert second.file is None and second.holder is not None
     assert re.fullmatch(rf"another job \(host \S+, pid {os.getpid()}, Slurm job 42\)", second.holder)
     assert lock_holder(tmp_path / "run", "b:2") == second.holder
     assert first.file is not None
     first.file.close()
-    assert lock_holder(tmp_path / "run", "b:2") == ""
-    assert take_lock(tmp_path / "run", "b:2", None).holder == ""
+    assert lock_holder(tmp_path / "run", "b:2") is None
+    assert take_lock(tmp_path / "run", "b:2", None).holder is None
     assert len((tmp_path / "run/.lock").read_text().splitlines()) == 1
 
 
@@ -51,7 +51,7 @@ def test_a_file_system_without_locks_is_a_warning(
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    assert take_lock(tmp_path, "a:1", None).holder == ""
+    assert take_lock(tmp_path, "a:1", None).holder is None
     assert "has no locks" in caplog.text
 
 
