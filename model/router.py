@@ -3,7 +3,8 @@
 `pool` is the place where a parallel form enters; its default knows one process.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from kernels.router import choose_experts, record_choices, route
 from model.capacity import LocalPool, Pool, decide_replicas, line_up
 from model.config import AuxNormalisation, AuxScope, Balancing, ModelConfig, Renormalise, RouterConfig
 from model.hashing import draw, uniform
+
+T = TypeVar("T")
 
 
 class Micro(NamedTuple):
@@ -57,12 +60,20 @@ class Decision(NamedTuple):
 
 
 class Memo:
-    """Belongs to one call of a block that will be computed again."""
+    """What the first pass of a block computed and its recomputation takes over, by name."""
 
-    decision: Decision | None = None
-    """Of the first pass."""
-    trips: list[Any] | None = None
-    """How the dispatcher of the first pass sent the choices of this decision; its own affair."""
+    def __init__(self) -> None:
+        self._kept: dict[str, Any] = {}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the first pass has computed it."""
+        return name in self._kept
+
+    def once(self, name: str, compute: Callable[[], T]) -> T:
+        """Compute it in the first pass; return the same in the second."""
+        if name not in self._kept:
+            self._kept[name] = compute()
+        return self._kept[name]
 
 
 class Gate(nn.Linear):
@@ -141,11 +152,8 @@ class Router(nn.Module):
         """Route [rows, tokens/(cp tp), hidden]; in training, count and attach the balancing losses."""
         seen = x * self._jitter(x, micro) if self.training and self.cfg.jitter else x
         logits = self.gate(seen).flatten(0, 1)
-        memo, decision = self.memo, None if self.memo is None else self.memo.decision
-        if decision is None:
-            decision = self._decide(logits.detach(), x, micro)
-        if memo is not None:
-            memo.decision = decision
+        memo = self.memo or Memo()
+        decision = memo.once("decision", lambda: self._decide(logits.detach(), x, micro))
         weights = route(
             logits,
             decision.experts,

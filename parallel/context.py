@@ -15,11 +15,12 @@ from kernels.documents import Documents, locate_documents
 from kernels.lightning_attention import lightning_attention, lightning_end_state
 from model.attention import SoftmaxAttention, SoftmaxCore
 from model.lightning import LightningAttention, LightningCore
+from model.router import Memo
 from model.transformer import Transformer
 from parallel.collectives import Axis
 from parallel.config import StateExchange
 from parallel.overlap import post, wait
-from parallel.ring import Kept, RingCore, by_chunk, from_chunks, owned_chunks
+from parallel.ring import RingCore, by_chunk, from_chunks, owned_chunks
 
 
 def apply_context(model: Transformer, cp: Axis, *, exchange: StateExchange = StateExchange.allgather) -> None:
@@ -75,7 +76,7 @@ class PrefixStateCore(LightningCore):
         self.slope_values = core.slope_values
         self.register_buffer("slopes", core.slopes, persistent=False)
         self.cp, self.exchange = cp, exchange
-        self.kept: Kept | None = None
+        self.memo: Memo | None = None
         """As in RingCore."""
 
     def forward(
@@ -88,7 +89,7 @@ class PrefixStateCore(LightningCore):
         local = Documents(documents.offsets, ids, positions)
         ends = lightning_end_state(k, v, self.slopes, local).unflatten(0, (-1, 2)).transpose(0, 1)
         passing = _Passing(self.cp, self.exchange, documents.offsets, self.slopes.to(ends.dtype), k.shape[1])
-        passing.kept = self.kept or Kept()
+        passing.memo = self.memo or Memo()
         posted = post(passing, ends)
         filled = filler()
         (entering,) = wait(passing, posted)
@@ -112,24 +113,24 @@ class _Passing:
         self.began = (offsets != edges).all(-1)[..., None, None, None]  # [chunks, rows, 1, 1, 1]
         is_one = ((offsets <= edges) | (offsets >= edges + length)).all(-1)[..., None, None, None]
         decay = torch.exp(-slopes * length)[:, None, None]
-        self.kept = Kept()
+        self.memo = Memo()
         self.through = (self.began & is_one) * decay  # [chunks, rows, heads/tp, 1, 1]
 
     def send(self, tensors: Sequence[Tensor], *, backward: bool) -> None:
         """Give this rank's [2, rows, heads/tp, head_dim, head_dim] to those who need it."""
         if backward:
             self._start(torch.where(self.mine(self.began), tensors[0], 0))
-        elif self.kept.values is None:
+        elif "entering" not in self.memo:
             self._start(tensors[0])
 
     def receive(self, *, backward: bool) -> tuple[Tensor, ...]:
         """x of this rank's two chunks, alike; forward: 0 where a document begins."""
         if backward:
             return (self._finish(backward),)
-        return (self.kept.once(self._entering)[0].detach(),)
+        return (self.memo.once("entering", self._entering).detach(),)
 
-    def _entering(self) -> tuple[Tensor]:
-        return (torch.where(self.mine(self.began), self._finish(False), 0),)
+    def _entering(self) -> Tensor:
+        return torch.where(self.mine(self.began), self._finish(False), 0)
 
     def mine(self, chunks: Tensor) -> Tensor:
         """[chunks, ...] -> [2, ...] of this rank."""

@@ -107,11 +107,8 @@ class AllToAllDispatcher:
 
     def __call__(self, x: Tensor, routing: Routing, compute: Compute) -> Tensor:
         """[tokens, hidden] of this rank -> the same."""
-        trips = None if self.memo is None else self.memo.trips
-        if trips is None:
-            trips = self._plan(self._places(routing).tensor_split(self.groups))
-        if self.memo is not None:
-            self.memo.trips = trips
+        memo = self.memo or Memo()
+        trips = memo.once("trips", lambda: self._plan(self._places(routing).tensor_split(self.groups)))
         parts = zip(x.tensor_split(self.groups), routing.weights.tensor_split(self.groups), strict=True)
         walks = [self._walk(*part, trip, compute) for part, trip in zip(parts, trips, strict=True)]
         return torch.cat(interleave(walks))

@@ -17,7 +17,7 @@ from parallel.collectives import Axis
 from parallel.config import Recompute
 from parallel.context import PrefixStateCore
 from parallel.expert import AllToAllDispatcher
-from parallel.ring import Kept, RingCore
+from parallel.ring import RingCore
 
 
 def apply_recompute(model: Transformer, cp: Axis, mode: Recompute) -> None:
@@ -38,11 +38,13 @@ class _Recomputed:
 
     def __init__(self, block: Block, *, keeps: bool) -> None:
         self.inner, dispatcher = block.forward, block.moe.dispatcher
-        self.deciding: list[Router | AllToAllDispatcher] = [block.moe.router]
-        if isinstance(dispatcher, AllToAllDispatcher):
-            self.deciding.append(dispatcher)
         core = block.mixer.core
-        self.core = core if keeps and isinstance(core, RingCore | PrefixStateCore) else None
+        self.users: list[Router | AllToAllDispatcher | RingCore | PrefixStateCore] = [block.moe.router]
+        """What asks the memo in both passes."""
+        if isinstance(dispatcher, AllToAllDispatcher):
+            self.users.append(dispatcher)
+        if keeps and isinstance(core, RingCore | PrefixStateCore):
+            self.users.append(core)
 
     def __call__(self, x: Tensor, *arguments: Any) -> Tensor:
         if not x.requires_grad:
@@ -51,21 +53,17 @@ class _Recomputed:
 
 
 class _Pass:
-    """Both passes of one call: the first fills `kept` and `memo`, the second takes them over."""
+    """Both passes of one call: the first fills the memo, the second takes from it."""
 
     def __init__(self, owner: _Recomputed) -> None:
-        self.owner, self.kept, self.memo = owner, Kept(), Memo()
+        self.owner, self.memo = owner, Memo()
 
     def __call__(self, x: Tensor, *arguments: Any) -> Tensor:
-        owner = self.owner
-        for part in owner.deciding:
-            part.memo = self.memo
-        if owner.core is not None:
-            owner.core.kept = self.kept
+        """Run the block with the memo at hand."""
+        for user in self.owner.users:
+            user.memo = self.memo
         try:
-            return owner.inner(x, *arguments)
+            return self.owner.inner(x, *arguments)
         finally:
-            for part in owner.deciding:
-                part.memo = None
-            if owner.core is not None:
-                owner.core.kept = None
+            for user in self.owner.users:
+                user.memo = None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kernels.documents import Documents
 from kernels.reference import merge_attention, widen
 from kernels.softmax_attention import attend, attend_backward, softmax_attention
+from model.router import Memo
 from parallel.collectives import Axis
 
 
@@ -33,19 +34,6 @@ def by_chunk(x: Tensor) -> Tensor:
 def from_chunks(x: Tensor) -> Tensor:
     """Undo `by_chunk`."""
     return x.unflatten(0, (-1, 2)).flatten(1, 2)
-
-
-class Kept:
-    """Values of one forward pass that its recomputation takes over instead of computing them again."""
-
-    def __init__(self) -> None:
-        self.values: tuple[Tensor, ...] | None = None
-
-    def once(self, compute: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """What the first call computed."""
-        if self.values is None:
-            self.values = compute()
-        return self.values
 
 
 class Crossing(NamedTuple):
@@ -106,7 +94,7 @@ class RingCore(nn.Module):
         self.cp = cp
         self.sent_bytes = 0
         """By this rank, forward and backward."""
-        self.kept: Kept | None = None
+        self.memo: Memo | None = None
         """Set by recompute.py while a block runs that will be computed again."""
 
     def forward(
@@ -117,13 +105,13 @@ class RingCore(nn.Module):
         Without `documents.on_host` it reads the offsets from the device: one synchronisation a call.
         """
         if self.cp.group is None:
-            if self.kept is None:
+            if self.memo is None:
                 return softmax_attention(q, k, v, documents), filler()
-            return _KeptAttention.apply(q, k, v, documents, self.kept), filler()
+            return _KeptAttention.apply(q, k, v, documents, self.memo), filler()
         offsets = documents.on_host or documents.offsets.tolist()
         local = documents_of_chunks(documents, offsets, owned_chunks(self.cp.rank, self.cp))
         ring = _Ring(self, offsets, q.shape[1] // 2)
-        return _RingAttention.apply(q, k, v, local, ring, self.kept), filler()
+        return _RingAttention.apply(q, k, v, local, ring, self.memo), filler()
 
 
 class _Ring:
@@ -216,8 +204,8 @@ class _KeptAttention(torch.autograd.Function):
     """forward: attention of one rank, saves (o, log-sum-exp), which a recomputation takes over; backward."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, kept: Kept) -> Tensor:
-        o, lse = kept.once(lambda: attend(q, k, v, documents=documents))
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, memo: Memo) -> Tensor:
+        o, lse = memo.once("attention", lambda: attend(q, k, v, documents=documents))
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.documents = documents
         return o.to(q.dtype).detach()
@@ -234,9 +222,9 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, local: Documents, ring: _Ring, kept: Kept | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, local: Documents, ring: _Ring, memo: Memo | None
     ) -> Tensor:
-        o, lse = (kept or Kept()).once(lambda: _ring_forward(q, k, v, local, ring))
+        o, lse = (memo or Memo()).once("attention", lambda: _ring_forward(q, k, v, local, ring))
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.local, ctx.ring = local, ring
         return o.detach()

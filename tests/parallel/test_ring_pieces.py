@@ -9,8 +9,9 @@ from torch import Tensor
 
 from kernels.documents import locate_documents
 from kernels.reference import softmax_attention as twin
+from model.router import Memo
 from parallel.collectives import Axis
-from parallel.ring import Kept, RingCore, _Ring, _RingAttention, documents_of_chunks
+from parallel.ring import RingCore, _Ring, _RingAttention, documents_of_chunks
 from tests.support.kernel_checks import DEVICE, errors, outputs_and_gradients, random_tensor
 
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -52,13 +53,13 @@ def test_recomputation_takes_over_the_output() -> None:
     """One rank that keeps (o, log-sum-exp): the second pass gives the first one's, and its gradients."""
     documents = locate_documents(torch.tensor([[0, 20, 50, 50]], dtype=torch.int32, device=DEVICE), 50)
     core = RingCore(Axis("cp", 0, (0,)))
-    core.kept = Kept()
+    core.memo = Memo()
     inputs = [random_tensor(1, 50, n, 16, seed=i, dtype=DTYPE) for i, n in enumerate((4, 2, 2))]
     results = [
         outputs_and_gradients(lambda *x: core(*x, documents, filler=lambda: None)[0], inputs, 1)
         for _ in range(2)
     ]
-    core.kept = None
+    core.memo = None
     plain = outputs_and_gradients(lambda *x: core(*x, documents, filler=lambda: None)[0], inputs, 1)
     for first, second, expected in zip(*results, plain, strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=0)
