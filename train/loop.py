@@ -68,14 +68,14 @@ def _to_the_end(run: Run) -> tuple[Ending, str]:
         moves = not last and following.cfg.parallel != cfg.parallel
         is_due = cfg.checkpoint.every is not None and step % cfg.checkpoint.every == 0
         saves = last or result.stop or moves or is_due
-        run.guard.remember(step, saves=saves)
+        run.guard.remember(progress.optimizer_steps, step, saves=saves)
         eval_loss = None
         if cfg.eval.every is not None and (last or step % cfg.eval.every == 0):
             with recorder.throughput.paused(), run.watchdog.section("evaluation", limits.eval_timeout_s):
                 eval_loss = evaluate(run)
         if step == 1 or last or step % cfg.log.every == 0 or eval_loss is not None:
             recorder.record(result, eval_loss)
-        if reason := run.health.gave_up:
+        if reason := result.verdict.gave_up:
             log.error("%s", reason)
             return Ending.FAILED, reason
         if saves:
@@ -121,7 +121,7 @@ def save(run: Run, mode: SaveMode) -> list[str]:
     Raises:
         DamagedStateError: on every rank, if weights or moments changed since the update.
     """
-    run.guard.check()
+    run.guard.check(run.progress.optimizer_steps)
     data = count_data(run)
     facts = {
         "step": run.progress.step,
@@ -161,16 +161,15 @@ class Recorder:
     def observe(self, batches: Sequence[Batch], result: StepResult) -> None:
         """Note what a step did, and its document lengths: attention's work depends on them."""
         self.steps += 1
-        self.skipped += result.skipped
-        health = self.run.health
-        scores = [score for score in (self.spike_score, health.score) if score is not None]
+        verdict = result.verdict
+        self.skipped += verdict.skipped
+        scores = [score for score in (self.spike_score, verdict.score) if score is not None]
         self.spike_score = max(scores, default=None)
-        if health.spike and self.run.metrics is not None:
-            clipped = (
-                f"clipped to norm {health.norm_limit:.4g}" if health.norm_limit < math.inf else "not skipped"
-            )
-            done = "skipped" if result.skipped else clipped
-            log.warning("step %d: spike, %s: %s", self.run.progress.step, done, health.spike)
+        if verdict.spike and self.run.metrics is not None:
+            clipped = verdict.norm_limit < math.inf
+            kept = f"clipped to norm {verdict.norm_limit:.4g}" if clipped else "not skipped"
+            done = "skipped" if verdict.skipped else kept
+            log.warning("step %d: spike, %s: %s", self.run.progress.step, done, verdict.spike)
         for batch in batches:
             lengths = batch.offsets.diff(dim=1).double()
             self.squares += int(lengths.square().sum())

@@ -18,7 +18,7 @@ from parallel.pipeline import MicroBatch
 from parallel.placement import collect_gradients, drop_gradients
 from train.build import Run
 from train.guard.integrity import digests, some
-from train.guard.spikes import Rerun, find_non_finite
+from train.guard.spikes import Rerun, Verdict, find_non_finite
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ class StepResult:
     """Of the whole model, before clipping."""
     lr: float
     """Learning rate of this step."""
-    skipped: bool
-    """A non-finite loss or norm, or a spike: nothing was updated."""
+    verdict: Verdict
+    """Whether it was skipped, and what was unusual."""
     stop: bool
     """Some rank was asked to stop."""
 
@@ -57,20 +57,19 @@ def train_step(run: Run, batches: Sequence[Batch]) -> StepResult:
     if damaged:
         run.guard.fail()
     grad_norm = math.sqrt(square)
-    skipped = run.health.judge(loss_sum, grad_norm)
-    progress.advance(cfg.batch.global_tokens, skipped=skipped)
+    verdict = run.health.judge(loss_sum, grad_norm)
+    progress.advance(cfg.batch.global_tokens, skipped=verdict.skipped)
     lr = run.stage.lr_at(progress.tokens, run.total_tokens)
-    if not skipped:
-        run.guard.forget()
+    if not verdict.skipped:
         set_lr(run.optimizer, lr)
-        max_norm = min(cfg.optimizer.max_grad_norm, run.health.norm_limit)
+        max_norm = min(cfg.optimizer.max_grad_norm, verdict.norm_limit)
         clipped_step(run.optimizer, run.shards, clip_factor(sums[1], max_norm))
         for router in run.routers:
             router.end_step()
     elif not math.isfinite(loss_sum + grad_norm):
         warn_of_source(run, batches, loss_sum)
     drop_gradients(run.shards)
-    return StepResult(loss_sum, grad_norm, lr, skipped, stops > 0)
+    return StepResult(loss_sum, grad_norm, lr, verdict, stops > 0)
 
 
 def compute_gradients(run: Run, batches: Sequence[Batch]) -> torch.Tensor:
@@ -86,7 +85,7 @@ def compute_gradients(run: Run, batches: Sequence[Batch]) -> torch.Tensor:
     loss /= run.mesh.tp.size  # every tp rank has the same losses
     collect_gradients(run.shards, run.mesh.tp)
     squares = square_sum(run.shards).to(run.mesh.device)
-    notes = [squares.new_tensor(run.stop.is_set), run.guard.damage()]
+    notes = [squares.new_tensor(run.stop.is_set), run.guard.damage(run.progress.optimizer_steps)]
     return all_reduce_sum(torch.stack([loss, squares, *notes]), run.mesh.world)
 
 

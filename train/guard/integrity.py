@@ -24,7 +24,7 @@ WORDS = 1 << 20
 """64-bit words that are hashed at once: 8 MiB of factors, and as much again for their products."""
 STRIDE = -0x61C8864680B583EB
 """2^64 by the golden ratio, odd."""
-NAMED = 5  # tensors that a message spells out
+NAMED = 5  # things that a message spells out
 
 
 class DamagedStateError(RuntimeError):
@@ -91,8 +91,8 @@ class StateGuard:
         groups = torch.tensor([[rank // share for share in shares] for rank in range(mesh.tp.size)])
         self.is_replica = (groups == groups[mesh.tp.rank]).to(mesh.device)
         """[tp, tensors]: whether that rank holds the same part of the tensor as this one."""
-        self.kept: Tensor | None = None
-        """[tp, tensors]: hashes at rest of all tp ranks; None while they are not known."""
+        self.kept: tuple[int, Tensor] | None = None
+        """Updates made so far, and [tp, tensors]: the hashes of all tp ranks since the last of them."""
         self.seen: Tensor | None = None
         """[tensors]: this rank's when it last looked."""
 
@@ -103,31 +103,40 @@ class StateGuard:
     def _hashes(self) -> Tensor:
         return digests(self._state().values()).to(self.mesh.device)
 
-    def remember(self, step: int, *, saves: bool) -> None:
+    def _at_rest(self, updates: int) -> Tensor | None:
+        """[tp, tensors]: hashes since the last of so many updates; None if none were taken."""
+        return None if self.kept is None or self.kept[0] != updates else self.kept[1]
+
+    def remember(self, updates: int, step: int, *, saves: bool) -> None:
         """Hash the state after a step if it is this one's turn, or if it is about to be saved."""
-        if self.every is not None and self.kept is None and (saves or step % self.every == 0):
-            self.kept = all_gather(self._hashes()[None], self.mesh.tp)
+        if self.every is not None and self._at_rest(updates) is None and (saves or step % self.every == 0):
+            self.kept = updates, all_gather(self._hashes()[None], self.mesh.tp)
 
-    def forget(self) -> None:
-        """The state is about to be updated."""
-        self.kept = None
+    def damage(self, updates: int) -> Tensor:
+        """Tell whether this rank's state has changed at rest or is not that of its replicas.
 
-    def damage(self) -> Tensor:
-        """1 if this rank's state has changed at rest or is not that of its replicas, else 0; fp64 scalar."""
-        if self.kept is None:
+        Args:
+            updates: made so far; hashes from before the last of them say nothing.
+
+        Returns:
+            1 or 0, fp64, on the device.
+        """
+        kept = self._at_rest(updates)
+        if kept is None:
             return torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        mine = self.kept[self.mesh.tp.rank]
+        mine = kept[self.mesh.tp.rank]
         self.seen = self._hashes()
-        apart = (self.kept != mine) & self.is_replica
+        apart = (kept != mine) & self.is_replica
         return ((self.seen != mine).any() | apart.any()).double()
 
-    def check(self) -> None:
-        """Before a save: let all ranks look.
+    def check(self, updates: int) -> None:
+        """Let all ranks look, before a save.
 
         Raises:
             DamagedStateError: on every rank, if one found something.
         """
-        if self.kept is not None and all_reduce_sum(self.damage(), self.mesh.world).item():
+        is_known = self._at_rest(updates) is not None
+        if is_known and all_reduce_sum(self.damage(updates), self.mesh.world).item():
             self.fail()
 
     def fail(self) -> NoReturn:
@@ -137,7 +146,7 @@ class StateGuard:
             DamagedStateError: always.
         """
         assert self.kept is not None and self.seen is not None
-        kept, now = self.kept.tolist(), self.seen.tolist()
+        kept, now = self.kept[1].tolist(), self.seen.tolist()
         mine = kept[self.mesh.tp.rank]
         changed = [name for name, old, new in zip(self.names, mine, now, strict=True) if old != new]
         found = []
@@ -178,7 +187,7 @@ def _parted(
     return [f"{verdict}: {some(found)}" for verdict, found in by_verdict.items()]
 
 
-def some(names: Sequence[str]) -> str:
-    """The first few names, and how many more."""
+def some(names: Sequence[str], separator: str = ", ") -> str:
+    """Join the first few names, and say how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    return separator.join(names[:NAMED]) + more

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from parallel.collectives import Axis
 from parallel.placement import Shard
-
-NAMED = 5  # things that a message spells out
+from train.guard.integrity import some
 
 
 class OnSpike(StrEnum):
@@ -92,6 +91,22 @@ class HealthConfig:
             )
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What the loss and the gradient norm of a step say about it."""
+
+    skipped: bool
+    """Nothing is to be updated: a value is not finite, or a spike that the configuration skips."""
+    score: float | None = None
+    """Standard deviations above the mean, of loss or norm, whichever is more; None = cannot be told."""
+    spike: str | None = None
+    """What was a spike, for people."""
+    norm_limit: float = math.inf
+    """What the gradient norm is to be clipped to."""
+    gave_up: str | None = None
+    """Why the run is to end without a save."""
+
+
 class Health:
     """Judges each step by its loss and gradient norm; the state is the same on every rank."""
 
@@ -100,41 +115,42 @@ class Health:
         self.skips_in_row = 0
         self.windows = {key: deque[float](maxlen=cfg.window) for key in ("loss", "grad_norm")}
         """Finite values of this stage's steps that were not skipped, oldest first."""
-        self.score: float | None = None
-        """Deviations above the mean, the larger of the two, at the last step; None = cannot be told."""
-        self.spike = ""
-        """What was a spike at the last step; "" = nothing."""
-        self.norm_limit = math.inf
-        """What the last step's gradient norm is to be clipped to."""
 
     def begin_level(self) -> None:
-        """Forget what is usual: another stage's data and batch have another loss and gradient norm."""
+        """Forget what is usual: another curriculum stage has another loss and gradient norm."""
         for window in self.windows.values():
             window.clear()
 
-    def judge(self, loss: float, grad_norm: float) -> bool:
-        """Whether the step is skipped, once a step, before its update."""
+    def judge(self, loss: float, grad_norm: float) -> Verdict:
+        """Judge a step, once, before its update."""
         values = {"loss": loss, "grad_norm": grad_norm}
-        skipped, self.score, self.spike = not math.isfinite(loss + grad_norm), None, ""
-        self.norm_limit = math.inf
+        skipped = not math.isfinite(loss + grad_norm)
+        score, spike, norm_limit = None, None, math.inf
         if not skipped and (scores := self._scores(values)):
-            key, self.score = max(scores.items(), key=lambda item: item[1])
-            if self.score > self.cfg.spike_sigmas:
+            key, score = max(scores.items(), key=lambda item: item[1])
+            if score > self.cfg.spike_sigmas:
                 size = len(self.windows[key])
-                self.spike = (
-                    f"{key} {values[key]:.4g} is {self.score:.1f} deviations above that of {size} steps"
-                )
+                spike = f"{key} {values[key]:.4g} is {score:.1f} deviations above that of {size} steps"
                 match self.cfg.on_spike:
                     case OnSpike.clip:
-                        self.norm_limit = self._usual_norm(grad_norm, scores["grad_norm"])
+                        norm_limit = self._usual_norm(grad_norm, scores["grad_norm"])
                         values = {key: min(value, self._most(key)) for key, value in values.items()}
+                    case OnSpike.skip if self._has_skipped_too_often():
+                        spike += f"; {self.skips_in_row} in a row were skipped, so this is the new level"
+                        self.begin_level()
                     case OnSpike.skip:
-                        skipped = not self._is_new_level()
+                        skipped = True
         if not skipped:
             for key, value in values.items():
                 self.windows[key].append(value)
         self.skips_in_row = self.skips_in_row + 1 if skipped else 0
-        return skipped
+        gave_up = None
+        if self._has_skipped_too_often() and spike is None:
+            gave_up = (
+                f"{self.skips_in_row} steps in a row were skipped (health.max_skips_in_row="
+                f"{self.cfg.max_skips_in_row}); this step was not saved, the last checkpoint is from before"
+            )
+        return Verdict(skipped, score, spike, norm_limit, gave_up)
 
     def suspects(self, loss: float, grad_norm: float) -> bool:
         """Whether a step with these values is non-finite or a spike; changes nothing."""
@@ -152,14 +168,9 @@ class Health:
         mean, deviation = spread(self.windows[key])
         return mean + self.cfg.spike_sigmas * deviation
 
-    def _is_new_level(self) -> bool:
-        """Whether so many steps in a row were skipped that a spike is what is usual from now on."""
+    def _has_skipped_too_often(self) -> bool:
         limit = self.cfg.max_skips_in_row
-        if limit is None or self.skips_in_row < limit:
-            return False
-        self.spike += f"; {self.skips_in_row} in a row were skipped, so this is the new level"
-        self.begin_level()
-        return True
+        return limit is not None and self.skips_in_row >= limit
 
     def _usual_norm(self, norm: float, score: float) -> float:
         """mean + sigmas^2 / score deviations: the farther out, the nearer to the mean (arXiv 2504.02507)."""
@@ -167,17 +178,6 @@ class Health:
             return norm  # the loss is the spike
         mean, _ = spread(self.windows["grad_norm"])
         return mean + (norm - mean) * (self.cfg.spike_sigmas / score) ** 2
-
-    @property
-    def gave_up(self) -> str:
-        """Why the run ends; "" while it goes on."""
-        limit = self.cfg.max_skips_in_row
-        if limit is None or self.skips_in_row < limit or self.spike:
-            return ""
-        return (
-            f"{self.skips_in_row} steps in a row were skipped (health.max_skips_in_row={limit}); this step "
-            "was not saved, the last checkpoint is from before"
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -212,8 +212,8 @@ def find_non_finite(
     dp: Axis,
     micro_rows: int,
     documents_at: Callable[[int, Tensor], Sequence[str]] = lambda number, bad: [],
-) -> str:
-    """Where this rank sees non-finite values; "" = nowhere. Reads from the device: for skipped steps only.
+) -> str | None:
+    """Say where this rank sees non-finite values, if it does. Reads from the device: for skipped steps only.
 
     Args:
         losses: of each micro-batch of the step, [micro_rows, tokens/cp] or a scalar.
@@ -228,13 +228,8 @@ def find_non_finite(
             first = (number * dp.size + dp.rank) * micro_rows
             found.append(f"loss of micro-batch {number}, rows {[first + row for row in rows]} of the step")
             if bad.dim() and (names := documents_at(number, bad.cpu())):
-                found[-1] += f" ({_some(names, ', ')})"
+                found[-1] += f" ({some(names)})"
     if not found:
         names = [s.name for s in shards if s.master.grad is not None and not s.master.grad.isfinite().all()]
         found = [f"gradient of {name}" for name in names]
-    return _some(found, "; ")
-
-
-def _some(names: Sequence[str], separator: str) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return separator.join(names[:NAMED]) + more
+    return some(found, "; ") or None

@@ -100,14 +100,13 @@ def guarded(every: int | None, mesh: Mesh | None = None, tp: int = 1) -> tuple[S
 def check_parts(rank: int) -> None:
     """Rank 1's bias differs after it has been found to be well."""
     guard, bias = guarded(1, init_mesh(ParallelConfig(tp=2), "cpu"), tp=2)
-    guard.remember(1, saves=False)
-    guard.check()
-    guard.forget()
+    guard.remember(1, 1, saves=False)
+    guard.check(1)
     if rank == 1:
         flip(bias)
-    guard.remember(2, saves=False)
+    guard.remember(2, 2, saves=False)
     with pytest.raises(DamagedStateError, match=r"tp ranks \[0, 1\] hold different bits: router\.bias\.0\."):
-        guard.check()
+        guard.check(2)
 
 
 def test_parts_that_tp_ranks_hold_of_a_tensor_are_no_replicas() -> None:
@@ -118,29 +117,28 @@ def test_parts_that_tp_ranks_hold_of_a_tensor_are_no_replicas() -> None:
 def test_what_is_remembered_stays_until_an_update() -> None:
     """A skipped step changes nothing, so its hash must not replace the one from before a flip."""
     guard, bias = guarded(every=1)
-    guard.remember(1, saves=False)
+    guard.remember(1, 1, saves=False)
     flip(bias)
-    guard.remember(2, saves=False)
-    assert guard.damage() == 1
+    guard.remember(1, 2, saves=False)
+    assert guard.damage(1) == 1
     with pytest.raises(DamagedStateError, match=r"router\.bias\.0 changed between two updates"):
-        guard.check()
-    guard.forget()
-    guard.remember(3, saves=False)
-    assert guard.damage() == 0
-    guard.check()
+        guard.check(1)
+    assert guard.damage(2) == 0, "what was remembered is from before the second update"
+    guard.remember(2, 3, saves=False)
+    assert guard.damage(2) == 0
+    guard.check(2)
 
 
 def test_steps_that_are_saved_are_hashed_out_of_turn() -> None:
     guard, bias = guarded(every=10)
     for step, saves in ((1, False), (2, True), (10, False)):
-        guard.forget()
-        guard.remember(step, saves=saves)
+        guard.remember(step, step, saves=saves)
         flip(bias)
-        assert guard.damage() == (step > 1)
+        assert guard.damage(step) == (step > 1)
     never, bias = guarded(every=None)
-    never.remember(10, saves=True)
+    never.remember(10, 10, saves=True)
     flip(bias)
-    assert never.damage() == 0
+    assert never.damage(10) == 0
 
 
 @pytest.mark.parametrize(

@@ -270,23 +270,24 @@ def test_the_window_holds_finite_unskipped_values() -> None:
     for loss in (1.0, 1.1, float("nan"), 1.0, 1.1):
         health.judge(loss, 1.0)
     assert list(health.windows["loss"]) == [1.0, 1.1, 1.0, 1.1]
-    assert not health.judge(1.2, 1.0) and health.score == pytest.approx(3.0)
-    assert health.judge(5.0, 1.0) and "loss 5 is" in health.spike
-    assert health.judge(1.1, 2.0) and "grad_norm 2 is" in health.spike
+    verdict = health.judge(1.2, 1.0)
+    assert not verdict.skipped and verdict.score == pytest.approx(3.0)
+    verdict = health.judge(5.0, 1.0)
+    assert verdict.skipped and verdict.spike is not None and "loss 5 is" in verdict.spike
+    verdict = health.judge(1.1, 2.0)
+    assert verdict.skipped and verdict.spike is not None and "grad_norm 2 is" in verdict.spike
     assert list(health.windows["loss"]) == [1.1, 1.0, 1.1, 1.2] and health.skips_in_row == 2
-    assert not health.judge(0.1, 1.0) and not health.spike  # below the mean is no spike
+    assert health.judge(0.1, 1.0).spike is None, "below the mean is no spike"
     health = Health(HealthConfig(window=4))
-    assert not any(health.judge(loss, 1.0) for loss in (1.0, 1.1, 5.0)) and health.spike
+    verdicts = [health.judge(loss, 1.0) for loss in (1.0, 1.1, 5.0)]
+    assert not any(verdict.skipped for verdict in verdicts) and verdicts[-1].spike
     assert list(health.windows["loss"]) == [1.0, 1.1, 5.0]
 
 
-def level(health: Health, mean: float, steps: int) -> list[str]:
+def level(health: Health, mean: float, steps: int) -> list[str | None]:
     """What was a spike in so many steps around a loss."""
-    spikes = []
-    for step in range(steps):
-        health.judge(mean * (1 + 0.01 * math.sin(step)), 1 + 0.01 * math.cos(step))
-        spikes.append(health.spike)
-    return spikes
+    pairs = [(mean * (1 + 0.01 * math.sin(step)), 1 + 0.01 * math.cos(step)) for step in range(steps)]
+    return [health.judge(*pair).spike for pair in pairs]
 
 
 def test_clipping_follows_a_level_that_changes_for_good() -> None:
@@ -294,38 +295,48 @@ def test_clipping_follows_a_level_that_changes_for_good() -> None:
     assert not any(level(health, 2.0, 500))
     spikes = level(health, 4.0, 500)
     assert all(spikes[:10]) and not any(spikes[50:])
-    assert health.judge(40.0, 1.0) is False and health.spike, "what is far off is still a spike"
+    verdict = health.judge(40.0, 1.0)
+    assert not verdict.skipped and verdict.spike, "what is far off is still a spike"
 
 
 def test_skipping_ends_where_a_level_changes_for_good() -> None:
     health = Health(HealthConfig(on_spike=OnSpike.skip))
     level(health, 2.0, 500)
     for number in range(10):
-        assert health.judge(4.0, 1.0) and not health.gave_up, number
-    assert not health.judge(4.0, 1.0)
-    assert health.spike.endswith("; 10 in a row were skipped, so this is the new level")
+        verdict = health.judge(4.0, 1.0)
+        assert verdict.skipped and not verdict.gave_up, number
+    verdict = health.judge(4.0, 1.0)
+    assert not verdict.skipped and verdict.spike is not None
+    assert verdict.spike.endswith("; 10 in a row were skipped, so this is the new level")
     assert list(health.windows["loss"]) == [4.0] and health.skips_in_row == 0
     assert not any(level(health, 4.0, 500))
     for number in range(10):
-        assert health.judge(4.0 if number < 9 else float("nan"), 1000.0)
-    assert health.gave_up.startswith("10 steps in a row"), "the last was not finite"
+        verdict = health.judge(4.0 if number < 9 else float("nan"), 1000.0)
+        assert verdict.skipped
+    assert verdict.gave_up is not None
+    assert verdict.gave_up.startswith("10 steps in a row"), "the last was not finite"
 
 
 def test_judging_without_a_limit_goes_on() -> None:
     health = Health(HealthConfig(max_skips_in_row=None))
-    assert all(health.judge(float("nan"), 1.0) for _ in range(50)) and not health.gave_up
+    verdicts = [health.judge(float("nan"), 1.0) for _ in range(50)]
+    assert all(verdict.skipped and not verdict.gave_up for verdict in verdicts)
     health = Health(HealthConfig(max_skips_in_row=2))
-    assert health.judge(1.0, float("inf")) and not health.judge(1.0, 1.0) and health.judge(float("nan"), 1.0)
-    assert not health.gave_up
-    assert health.judge(1.0, float("nan")) and health.gave_up.startswith("2 steps in a row")
+    verdicts = [health.judge(*pair) for pair in ((1.0, float("inf")), (1.0, 1.0), (float("nan"), 1.0))]
+    assert [verdict.skipped for verdict in verdicts] == [True, False, True]
+    assert not any(verdict.gave_up for verdict in verdicts)
+    verdict = health.judge(1.0, float("nan"))
+    assert verdict.skipped and verdict.gave_up is not None
+    assert verdict.gave_up.startswith("2 steps in a row")
 
 
 def test_find_non_finite_names_few_of_many() -> None:
     losses = [torch.tensor([[1.0, float("nan")], [1.0, 1.0]])] * 8
     found = find_non_finite(losses, [], dp=Axis("dp", 2, (0, 1, 2)), micro_rows=2)
+    assert found is not None
     assert found.startswith("loss of micro-batch 0, rows [4] of the step; loss of micro-batch 1, rows [10]")
     assert found.endswith(" and 3 more")
-    assert find_non_finite([torch.ones(2, 2)], [], dp=Axis("dp", 0, (0,)), micro_rows=2) == ""
+    assert find_non_finite([torch.ones(2, 2)], [], dp=Axis("dp", 0, (0,)), micro_rows=2) is None
 
 
 def test_limits_are_checked() -> None:
