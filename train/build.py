@@ -1,7 +1,7 @@
 """Every object of a run, built once and in order, from the configuration to the first batch."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from model.flops import count_parameters
 from model.router import Router
 from model.transformer import Transformer
 from parallel.apply import build_parts, parallelize
+from parallel.collectives import Axis
 from parallel.launch import launcher_grace_s
 from parallel.mesh import Mesh
 from parallel.optimizer import build_optimizer
@@ -30,6 +31,7 @@ from train.curriculum_stages import Stage, doubts, tokens_at, total_steps
 from train.guard.integrity import StateGuard
 from train.guard.signals import StopRequest
 from train.guard.spikes import Health
+from train.guard.stragglers import SectionClock
 from train.guard.watchdog import Watchdog
 from train.monitor.metrics import MetricsWriter
 from train.progress import RunProgress, restore_clocks
@@ -40,7 +42,7 @@ log = logging.getLogger(__name__)
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """Everything that the training loop works with."""
 
@@ -63,6 +65,8 @@ class Run:
     progress: RunProgress
     health: Health
     guard: StateGuard
+    clock: SectionClock
+    """Where this rank's time goes."""
     stop: StopRequest
     watchdog: Watchdog
     metrics: MetricsWriter | None
@@ -111,7 +115,6 @@ def build_run(
         NoCheckpointError: the checkpoint cannot be read after all.
     """
     cfg = stage.cfg
-    run_dir = Path(cfg.run_dir)
     with user_errors():
         loader, held_out = build_data(stages, stage, mesh, stop)
     progress, health = RunProgress(), Health(cfg.health)
@@ -121,35 +124,63 @@ def build_run(
         if progress.step == stage.first_step:
             health.begin_level()
     if mesh.rank == 0 and cfg.checkpoint.resume is Resume.never:
-        set_results_aside(run_dir)
+        set_results_aside(Path(cfg.run_dir))
     parts, shards = build_model(cfg, mesh)
-    engine = build_engine(parts, cfg, mesh)
     optimizer = build_optimizer(shards, cfg.optimizer)
-    biases = {
-        f"router.bias.{router.layer}": router.bias
-        for part in parts
-        for router in part.routers()
-        if cfg.router.balancing is Balancing.bias
-    }
-    guard = StateGuard(shards, optimizer, biases, mesh, every=cfg.health.hash_every)
-    if start.resumed is not None:
-        load_checkpoint(start.resumed, shards=shards, optimizer=optimizer, biases=biases, world=mesh.world)
-        log.info("resumed from %s", start.resumed.folder)
-    elif start.initial is not None:
-        load_weights(start.initial, shards=shards, biases=biases, world=mesh.world)
-        log.info("weights are those of %s", start.initial.folder)
+    biases = router_biases(parts)
+    load_start(start, shards=shards, optimizer=optimizer, biases=biases, world=mesh.world)
     for doubt in doubts(stages) if mesh.rank == 0 else []:
         log.warning("%s", doubt)
-    metrics = build_metrics(stages, cfg, progress.step, console) if mesh.rank == 0 else None
     saver = Saver(
-        run_dir / "checkpoints", cfg.checkpoint, mesh.saving, step=progress.step, grace_s=launcher_grace_s()
-    )
+        Path(cfg.run_dir, "checkpoints"), cfg.checkpoint, mesh.saving, step=progress.step,
+        grace_s=launcher_grace_s(),
+    )  # fmt: skip
     if cfg.checkpoint.mode is SaveMode["async"] and cfg.checkpoint.every is not None:
         saver.reserve(own_boxes(shards, optimizer, biases, mesh))
     return Run(
-        stages, stage, mesh, parts, engine, shards, optimizer, loader, held_out, biases, progress, health,
-        guard, stop, watchdog, metrics, saver,
-    )  # fmt: skip
+        stages=stages,
+        stage=stage,
+        mesh=mesh,
+        parts=parts,
+        engine=build_engine(parts, cfg, mesh),
+        shards=shards,
+        optimizer=optimizer,
+        loader=loader,
+        held_out=held_out,
+        biases=biases,
+        progress=progress,
+        health=health,
+        guard=StateGuard(shards, optimizer, biases, mesh, every=cfg.health.hash_every),
+        clock=SectionClock(watches=cfg.health.slow_score is not None),
+        stop=stop,
+        watchdog=watchdog,
+        metrics=build_metrics(stages, cfg, progress.step, console) if mesh.rank == 0 else None,
+        saver=saver,
+    )
+
+
+def load_start(
+    start: Start,
+    *,
+    shards: list[Shard],
+    optimizer: torch.optim.Optimizer,
+    biases: dict[str, Tensor],
+    world: Axis,
+) -> None:
+    """Read what the run starts from into this rank's part of it; nothing if it starts from scratch."""
+    if start.resumed is not None:
+        load_checkpoint(start.resumed, shards=shards, optimizer=optimizer, biases=biases, world=world)
+        log.info("resumed from %s", start.resumed.folder)
+    elif start.initial is not None:
+        load_weights(start.initial, shards=shards, biases=biases, world=world)
+        log.info("weights are those of %s", start.initial.folder)
+
+
+def router_biases(parts: Sequence[Transformer]) -> dict[str, Tensor]:
+    """Return the router biases of this rank's layers, where they are used, by their names in a checkpoint."""
+    routers = [router for part in parts for router in part.routers()]
+    used = [router for router in routers if router.cfg.balancing is Balancing.bias]
+    return {f"router.bias.{router.layer}": router.bias for router in used}
 
 
 def build_metrics(stages: list[Stage], cfg: RunConfig, step: int, console: Console) -> MetricsWriter:

@@ -16,7 +16,7 @@ from train.config import ConfigError, user_errors
 from train.curriculum_stages import stage_of, total_steps
 from train.guard.integrity import DamagedStateError
 from train.guard.signals import Ending, StoppedEarly
-from train.guard.stragglers import SectionClock, find_slow, gather_times
+from train.guard.stragglers import Section, find_slow, gather_times
 from train.monitor.alerts import Alert
 from train.monitor.expert_counts import read_counts
 from train.monitor.metrics import Throughput, peak_flops
@@ -105,7 +105,7 @@ def next_batches(run: Run) -> list[Batch]:
         ConfigError: data that cannot be used, or their end: then the last step is saved first.
     """
     try:
-        with user_errors():
+        with user_errors(), run.clock.section(Section.data):
             return run.loader.next_step()
     except ConfigError as error:
         if not isinstance(error.__cause__, ExhaustedError) or not run.progress.step:
@@ -156,7 +156,6 @@ class Recorder:
         self.throughput = Throughput(run.progress.tokens)
         self.squares = self.lengths = self.skipped = self.steps = 0
         self.spike_score: float | None = None
-        self.clock = None if run.cfg.health.slow_score is None else SectionClock()
 
     def observe(self, batches: Sequence[Batch], result: StepResult) -> None:
         """Note what a step did, and its document lengths: attention's work depends on them."""
@@ -218,9 +217,9 @@ class Recorder:
     def report_slow(self) -> float | None:
         """Say which ranks keep the others waiting; the lowest score, 1 = none does, None = nobody looked."""
         limit, mesh = self.run.cfg.health.slow_score, self.run.mesh
-        if self.clock is None or limit is None:
+        if limit is None:
             return None
-        slow = find_slow(gather_times(self.clock.read(), mesh), stages=mesh.pp.size, limit=limit)
+        slow = find_slow(gather_times(self.run.clock.read(), mesh), stages=mesh.pp.size, limit=limit)
         for one in slow if self.run.metrics is not None else []:
             log.warning("step %d: rank %d is slow in %s: score %.2f", self.run.progress.step, *one)
         return min((one.score for one in slow), default=1.0)

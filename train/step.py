@@ -19,6 +19,7 @@ from parallel.placement import collect_gradients, drop_gradients
 from train.build import Run
 from train.guard.integrity import digests, some
 from train.guard.spikes import Rerun, Verdict, find_non_finite
+from train.guard.stragglers import Section
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ def train_step(run: Run, batches: Sequence[Batch]) -> StepResult:
     if not verdict.skipped:
         set_lr(run.optimizer, lr)
         max_norm = min(cfg.optimizer.max_grad_norm, verdict.norm_limit)
-        clipped_step(run.optimizer, run.shards, clip_factor(sums[1], max_norm))
+        with run.clock.section(Section.optimizer):
+            clipped_step(run.optimizer, run.shards, clip_factor(sums[1], max_norm))
         for router in run.routers:
             router.end_step()
     elif not math.isfinite(loss_sum + grad_norm):
@@ -81,7 +83,8 @@ def compute_gradients(run: Run, batches: Sequence[Batch]) -> torch.Tensor:
     """
     targets = all_reduce_sum(count_targets(batches).to(run.mesh.device), run.mesh.dp)
     loss_weight = 1 / (len(batches) * run.cfg.model.num_layers)
-    loss = run.engine.forward_backward(local_batches(run, batches), targets, loss_weight)
+    with run.clock.section(Section.compute):
+        loss = run.engine.forward_backward(local_batches(run, batches), targets, loss_weight)
     loss /= run.mesh.tp.size  # every tp rank has the same losses
     collect_gradients(run.shards, run.mesh.tp)
     squares = square_sum(run.shards).to(run.mesh.device)

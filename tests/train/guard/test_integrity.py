@@ -32,8 +32,8 @@ def flip_at_rest(name: str, step: int, on_rank: int, rank: int) -> None:
     """A fault for run_forked: a bit flips after the update of the step, and after its hash if it has one."""
     inner = StateGuard.remember
 
-    def remember(self: StateGuard, number: int, *, saves: bool) -> None:
-        inner(self, number, saves=saves)
+    def remember(self: StateGuard, updates: int, number: int, *, saves: bool) -> None:
+        inner(self, updates, number, saves=saves)
         if (number, rank) == (step, on_rank):
             flip(self._state()[name])
 

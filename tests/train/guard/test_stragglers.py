@@ -1,4 +1,4 @@
-"""R16: the rank that keeps the others waiting is named, with the section."""
+"""The rank that keeps the others waiting is named, with the section."""
 
 import time
 from importlib import import_module
@@ -10,7 +10,7 @@ import pytest
 from tests.support.forked import run_forked
 from tests.support.runs import lines
 from train.guard.spikes import HealthConfig
-from train.guard.stragglers import NAMES, SectionClock, Slow, find_slow
+from train.guard.stragglers import Section, SectionClock, Slow, find_slow
 
 WHERE = {
     "data": ("data.prefetch", "Prefetcher", "next_step"),
@@ -46,34 +46,36 @@ def test_the_slow_rank_and_section_are_named(section: str, license_corpus: Path,
 
 
 def test_the_clock_starts_anew_with_each_reading() -> None:
-    """It has the work of a function with a section's name, and all the time since the reading before."""
+    """It has the work inside a section, and all the time since the reading before."""
+    clock = SectionClock(watches=True)
 
-    def forward_backward() -> None:
+    def work() -> None:
         end = time.monotonic() + 0.2
         while time.monotonic() < end:
             pass
 
-    clock = SectionClock()
-    forward_backward()
+    with clock.section(Section.compute):
+        work()
+    work()
     first, second = clock.read(), clock.read()
-    assert first[0] == first[2] == 0 and first[3] >= 0.2
-    assert 0 < first[1] <= first[3] and second[1] < first[1] and second[3] < 0.2
+    assert first[0] == first[2] == 0 and first[3] >= 0.4
+    assert 0 < first[1] <= first[3] - 0.15 and second[1] < first[1] and second[3] < 0.2
 
 
 def test_scores_compare_ranks_of_a_stage() -> None:
     """Stages have other work; what is less than a twentieth of the time is noise."""
     first, second = [0.1, 1.0, 0.2, 2.0], [0.1, 4.0, 0.2, 5.0]
-    assert len(first) == len(NAMES) + 1
+    assert len(first) == len(Section) + 1
     assert find_slow([first, first, second, second], stages=2, limit=0.75) == []
     late = [0.1, 2.0, 0.2, 3.0]
     found = find_slow([first, first, late, second, second, second], stages=2, limit=0.75)
-    assert found == [Slow(2, "forward and backward", 0.5)]
-    assert find_slow([first, late], stages=1, limit=0.75) == [Slow(1, NAMES[1], 0.5)]
+    assert found == [Slow(2, Section.compute, 0.5)]
+    assert find_slow([first, late], stages=1, limit=0.75) == [Slow(1, Section.compute, 0.5)]
     found = find_slow([first, first, second, [0.1, 9.0, 0.2, 9.5]], stages=2, limit=0.75)
     assert [slow.rank for slow in found] == [3]
     worst, little = [0.1, 4.0, 0.2, 5.0], [0.1, 1.2, 0.2, 2.0]
     found = find_slow([late, first, worst, first, first], stages=1, limit=0.75)
-    assert found == [Slow(2, NAMES[1], 0.25), Slow(0, NAMES[1], 0.5)]
+    assert found == [Slow(2, Section.compute, 0.25), Slow(0, Section.compute, 0.5)]
     assert find_slow([first, first, little], stages=1, limit=0.75) == []
     fast = [0.1, 0.5, 0.2, 2.0]
     assert find_slow([fast, first, first], stages=1, limit=0.75) == []  # one that is ahead slows nobody
