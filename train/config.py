@@ -5,7 +5,6 @@ Invariant: nothing changes a config after `load_config`; what is derived is a pr
 
 import difflib
 import hashlib
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -263,7 +262,7 @@ def adopt_model(
 
 
 def rewrite_conf(argv: list[str], env: Mapping[str, str]) -> list[str]:
-    """`conf=NAME` -> `run=NAME`; `conf=FILE.yaml` -> a search path and the staged file; the rest unchanged.
+    """Turn `conf=NAME` into `run=NAME`, and so `conf=FILE.yaml`, whose content Hydra is given.
 
     Raises:
         ConfigError: no conf=, an unknown name, an added or deleted key, or --multirun.
@@ -272,7 +271,7 @@ def rewrite_conf(argv: list[str], env: Mapping[str, str]) -> list[str]:
     for arg in argv:
         key, _, value = arg.partition("=")
         if key == "conf" and value.endswith(".yaml"):
-            args += stage_run_file(Path(value))
+            args.append(f"run={register_run_file(Path(value))}")
         elif key == "conf":
             if value not in run_names():
                 raise ConfigError(
@@ -305,8 +304,12 @@ def run_names() -> list[str]:
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
-def stage_run_file(path: Path) -> list[str]:
-    """Make any YAML file selectable as a run, under a private name that no file of conf/run can shadow."""
+def register_run_file(path: Path) -> str:
+    """Make any YAML file selectable as a run; return its name, which no file of conf/run can have.
+
+    Raises:
+        ConfigError: no file, or none of keys and values.
+    """
     if not path.is_file():
         raise ConfigError(f"conf={path}: no such file")
     text = path.read_text(encoding="utf-8")
@@ -316,13 +319,12 @@ def stage_run_file(path: Path) -> list[str]:
         raise ConfigError(f"conf={path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"conf={path}: must hold keys and values")
-    lines = [] if "name" in content else [f"name: {path.stem}\n"]
-    name = f"{path.stem}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    folder = Path(tempfile.mkdtemp(prefix="longspan-conf-"))
-    (folder / "run").mkdir()
-    staged = "".join(["# @package _global_\n", *lines, text])
-    (folder / "run" / f"{name}.yaml").write_text(staged, encoding="utf-8")
-    return [f"hydra.searchpath=[file://{folder}]", f"run={name}"]
+    node = OmegaConf.create(text)
+    if "name" not in node:
+        node.name = path.stem
+    name = f"file-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    ConfigStore.instance().store(group="run", name=name, node=node, package="_global_")
+    return name
 
 
 def explain(error: HydraException | OmegaConfBaseException) -> str:

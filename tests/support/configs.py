@@ -18,8 +18,7 @@ register_schema()
 def composed(*arguments: str) -> DictConfig:
     """What Hydra makes of a command line, `name` given as its resolver exists in a Hydra job only."""
     args = rewrite_conf(list(arguments), {})
-    search = [arg for arg in args if arg.startswith("hydra.searchpath")]
-    names = [] if search else [f"name={arg[4:]}" for arg in args if arg.startswith("run=")]
+    names = [f"name={arg[4:]}" for arg in args if arg.startswith("run=") and not arg.startswith("run=file-")]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return compose("pretrain", [*args, *names])

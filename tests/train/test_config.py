@@ -21,7 +21,6 @@ from train.config import (
     load_config,
     rewrite_conf,
     run_names,
-    stage_run_file,
 )
 from train.curriculum_stages import build_stages, doubts
 from train.schedule.learning_rate import DecayShape, ScheduleConfig, lr_factor
@@ -56,10 +55,22 @@ def test_precedence_defaults_file_command_line(tmp_path: Path) -> None:
 
 def test_a_file_with_header_and_name_keeps_them(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("# @package _global_\nname: other\ntrain: {steps: 3}\n")
-    assert composed(f"conf={path}").name == "other"
-    first, second = stage_run_file(path), stage_run_file(path)
-    assert first[1] == second[1] and first[0] != second[0]
+    path.write_text("# @package _global_\nname: other\ntrain: {steps: 3}\nseed: ${train.steps}\n")
+    cfg = composed(f"conf={path}")
+    assert cfg.name == "other" and cfg.seed == 3
+
+
+def test_nothing_is_left_of_a_run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of one that runs nor of one that is refused."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    path = tmp_path / "mine.yaml"
+    path.write_text("defaults: [override /model: demo]\ntrain: {steps: 3}\n")
+    assert config(f"conf={path}", "batch.row_tokens=8", "batch.global_tokens=8").train.steps == 3
+    path.write_text("train: {stepz: 3}\n")
+    with pytest.raises(HydraException):
+        composed(f"conf={path}")
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 @pytest.mark.parametrize(
