@@ -4,19 +4,10 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-
-class LayerType(StrEnum):
-    """The mixer of a block."""
-
-    lightning = "lightning"
-    softmax = "softmax"
-
-
-class SlopeRule(StrEnum):
-    """Public formulas for the decay slopes; they differ unless num_heads is a power of two (then by 1e-5)."""
-
-    text01 = "text01"
-    transformers = "transformers"
+LayerType = StrEnum("LayerType", ["lightning", "softmax"])
+"""The mixer of a block."""
+SlopeRule = StrEnum("SlopeRule", ["text01", "transformers"])
+"""Public formulas for the decay slopes; they differ unless num_heads is a power of two (then by 1e-5)."""
 
 
 @dataclass(kw_only=True)

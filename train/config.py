@@ -51,19 +51,10 @@ def user_errors(where: str = "") -> Iterator[None]:
         raise ConfigError(f"{where}{error}") from error
 
 
-class Precision(StrEnum):
-    """What the model computes in; masters, moments and reductions are fp32."""
-
-    bf16 = "bf16"
-    fp32 = "fp32"
-
-
-class Device(StrEnum):
-    """Where to compute."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
+Precision = StrEnum("Precision", ["bf16", "fp32"])
+"""What the model computes in; masters, moments and reductions are fp32."""
+Device = StrEnum("Device", ["auto", "cpu", "cuda"])
+"""Where to compute."""
 
 
 @dataclass(kw_only=True)

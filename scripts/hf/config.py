@@ -19,11 +19,8 @@ class ConversionError(ValueError):
     """Raised for what cannot be converted; the text names file, key, value and remedy."""
 
 
-class Layout(StrEnum):
-    """Whose names config.json uses."""
-
-    transformers = "transformers"
-    text01 = "text01"
+Layout = StrEnum("Layout", ["transformers", "text01"])
+"""Whose names config.json uses."""
 
 
 MODEL_TYPES = {

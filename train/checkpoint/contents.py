@@ -19,13 +19,8 @@ from parallel.placement import Shard
 from train.checkpoint.restore import Verify
 from train.checkpoint.storage import Box
 
-
-class Resume(StrEnum):
-    """Whether a run goes on from its checkpoints."""
-
-    auto = "auto"
-    must = "must"
-    never = "never"
+Resume = StrEnum("Resume", ["auto", "must", "never"])
+"""Whether a run goes on from its checkpoints."""
 
 
 class Change(StrEnum):

@@ -17,20 +17,10 @@ from parallel.collectives import Axis
 from parallel.placement import Shard
 from train.guard.integrity import some
 
-
-class OnSpike(StrEnum):
-    """What follows a spike."""
-
-    log = "log"
-    clip = "clip"
-    skip = "skip"
-
-
-class Rerun(StrEnum):
-    """When forward and backward of a step run again before its update."""
-
-    never = "never"
-    on_suspicion = "on_suspicion"
+OnSpike = StrEnum("OnSpike", ["log", "clip", "skip"])
+"""What follows a spike."""
+Rerun = StrEnum("Rerun", ["never", "on_suspicion"])
+"""When forward and backward of a step run again before its update."""
 
 
 @dataclass(kw_only=True)

@@ -17,11 +17,8 @@ from train.monitor.wandb_run import expert_values, panel_values
 log = logging.getLogger(__name__)
 
 
-class TensorboardMode(StrEnum):
-    """Whether event files are written."""
-
-    files = "files"
-    disabled = "disabled"
+TensorboardMode = StrEnum("TensorboardMode", ["files", "disabled"])
+"""Whether event files are written."""
 
 
 @dataclass(kw_only=True)

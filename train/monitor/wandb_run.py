@@ -28,14 +28,8 @@ PANELS = {
     "health": ("skipped", "spike_score"),
 }
 """Keys of a record by the group of panels that shows them; the others are under `train/`."""
-
-
-class WandbMode(StrEnum):
-    """Where wandb's data goes."""
-
-    online = "online"
-    offline = "offline"
-    disabled = "disabled"
+WandbMode = StrEnum("WandbMode", ["online", "offline", "disabled"])
+"""Where wandb's data goes."""
 
 
 @dataclass(kw_only=True)

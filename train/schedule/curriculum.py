@@ -13,14 +13,8 @@ from enum import StrEnum
 from data.mixture import Mixture
 from parallel.config import ParallelConfig, Schedule, StateExchange
 
-
-class LrShape(StrEnum):
-    """How a stage's learning rate goes from lr to lr_end."""
-
-    constant = "constant"
-    cosine = "cosine"
-    linear = "linear"
-    exponential = "exponential"
+LrShape = StrEnum("LrShape", ["constant", "cosine", "linear", "exponential"])
+"""How a stage's learning rate goes from lr to lr_end."""
 
 
 @dataclass(kw_only=True)

@@ -4,13 +4,8 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-
-class DecayShape(StrEnum):
-    """Form of the last segment, from the peak to min_lr_ratio of it."""
-
-    cosine = "cosine"
-    linear = "linear"
-    exponential = "exponential"
+DecayShape = StrEnum("DecayShape", ["cosine", "linear", "exponential"])
+"""Form of the last segment, from the peak to min_lr_ratio of it."""
 
 
 @dataclass(kw_only=True)
