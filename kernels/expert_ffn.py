@@ -7,8 +7,7 @@ kept with gate and up in turns, [choices, ffn, 2], which is how they meet in one
 import importlib
 import logging
 from enum import StrEnum
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kernels.grouped_gemm import grouped_gemm
+from kernels.optional import announce, compare_with_twin, is_usable
 from kernels.swiglu import swiglu
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ QUACK = "0.6.5"
 """The version of quack-kernels whose functions are called here."""
 
 
-class Path(StrEnum):
+class Backend(StrEnum):
     """Who multiplies."""
 
     quack = "quack"
@@ -74,11 +74,11 @@ def expert_ffn(
     Returns:
         [choices, hidden].
     """
-    return expert_ffn_by(path_for(x, gate_up), x, gate_up, down, scale, ends, masters)
+    return expert_ffn_by(backend_for(x, gate_up), x, gate_up, down, scale, ends, masters)
 
 
 def expert_ffn_by(
-    path: Path,
+    backend: Backend,
     x: Tensor,
     gate_up: Tensor,
     down: Tensor,
@@ -86,73 +86,72 @@ def expert_ffn_by(
     ends: Tensor,
     masters: Masters = None,
 ) -> Tensor:
-    """`expert_ffn` by one of the paths."""
-    if path is Path.quack and x.numel():
+    """`expert_ffn` by one of the backends."""
+    if backend is Backend.quack and x.numel():
         return _FusedExperts.apply(x, gate_up, down, scale, ends, masters)
     inner = grouped_gemm(x, gate_up.flatten(1, 2), ends)
     return grouped_gemm(swiglu(inner.unflatten(-1, (2, -1)), scale), down, ends)
 
 
-def choose_path(
+def choose_backend(
     dtype: torch.dtype,
     hidden: int,
     ffn: int,
     *,
     capability: tuple[int, int] | None,
     has_quack: bool,
-) -> tuple[Path, str]:
-    """The fastest path, and why.
+) -> tuple[Backend, str]:
+    """The fastest backend, and why.
 
     Args:
         capability: of the GPU; None = the tensors are elsewhere.
     """
     if capability is None:
-        return Path.torch, "tensors are not on a GPU"
+        return Backend.torch, "tensors are not on a GPU"
     if capability[0] != 9:
-        return Path.torch, f"the tiles for quack are those of compute capability 9, this is {capability}"
+        return Backend.torch, f"the tiles for quack are those of compute capability 9, this is {capability}"
     if dtype not in (torch.bfloat16, torch.float16):
-        return Path.torch, f"quack takes bf16 and fp16, not {dtype}"
+        return Backend.torch, f"quack takes bf16 and fp16, not {dtype}"
     if hidden % 8 or ffn % 8:
-        return Path.torch, f"quack needs multiples of 8, not hidden_size {hidden} and expert_ffn_size {ffn}"
+        sizes = f"hidden_size {hidden} and expert_ffn_size {ffn}"
+        return Backend.torch, f"quack needs multiples of 8, not {sizes}"
     if not has_quack:
-        return Path.torch, "quack-kernels is not installed"
-    return Path.quack, "quack-kernels is installed"
+        return Backend.torch, "no quack-kernels that works"
+    return Backend.quack, "quack-kernels is installed"
 
 
-def path_for(x: Tensor, gate_up: Tensor) -> Path:
+def backend_for(x: Tensor, gate_up: Tensor) -> Backend:
     """What `expert_ffn` takes for these."""
-    path, reason = choose_path(
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
+    backend, reason = choose_backend(
         x.dtype,
         x.shape[1],
         gate_up.shape[2],
-        capability=torch.cuda.get_device_capability(x.device) if x.is_cuda else None,
-        has_quack=x.is_cuda and quack_module() is not None,
+        capability=capability,
+        has_quack=capability is not None and capability[0] == 9 and has_quack(),
     )
-    _announce(path, reason)
-    return path
+    announce(log, logging.INFO, f"experts by {backend}: {reason}")
+    return backend
 
 
 @cache
-def _announce(path: Path, reason: str) -> None:
-    """Log a choice when it is made for the first time."""
-    log.info("experts by %s: %s", path, reason)
+def has_quack() -> bool:
+    """Whether quack-kernels is installed and computes what torch does; this compiles its GEMMs."""
+    return is_usable("quack-kernels", _try_quack, tested=QUACK)
 
 
-@cache
-def quack_module() -> ModuleType | None:
-    """quack-kernels' GEMMs, where QUACK is installed; they are compiled when they are first called."""
-    try:
-        found = version("quack-kernels")
-    except PackageNotFoundError:
-        return None
-    if found != QUACK:
-        log.warning("quack-kernels %s is installed but not used: experts are tested with %s", found, QUACK)
-        return None
-    try:
-        return importlib.import_module("quack.gemm_interface")
-    except ModuleNotFoundError as error:
-        log.warning("quack-kernels is installed but not used: it lacks %s", error.name)
-        return None
+def _try_quack(device: str = "cuda") -> None:
+    """Compare a small case with torch's grouped GEMMs."""
+    random = partial(torch.randn, device=device, generator=torch.Generator(device).manual_seed(0))
+    sizes = ((64, 64), (2, 2, 64, 64), (2, 64, 64))
+    inputs = [random(size).mul(0.125).bfloat16() for size in sizes] + [random(64)]
+    ends = torch.tensor([24, 64], dtype=torch.int32, device=device)
+    fast, twin = (partial(expert_ffn_by, backend, ends=ends) for backend in Backend)
+    compare_with_twin(fast, twin, inputs)
+
+
+def _quack() -> ModuleType:
+    return importlib.import_module("quack.gemm_interface")
 
 
 class _FusedExperts(torch.autograd.Function):
@@ -178,9 +177,7 @@ class _FusedExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, gate_up, down, scale, starts, both = ctx.saved_tensors
         grad, weight = grads[0].contiguous(), gate_up.flatten(1, 2)
-        quack = quack_module()
-        assert quack is not None
-        d_both, inner, d_scale = quack.gemm_dgated(
+        d_both, inner, d_scale = _quack().gemm_dgated(
             grad, down, both, activation="swiglu", colvec_scale=scale, colvec_reduce=True,
             cu_seqlens_m=starts, dynamic_scheduler=False, tuned=False, config=_config(D_GATE_UP),
         )  # fmt: skip
@@ -210,9 +207,7 @@ def _weight_gradient(
 
 def _gemm(tile: Tile, a: Tensor, b: Tensor, out: Tensor, **groups: Any) -> Tensor:
     """out = a b for each expert, whose part of the rows or of the summed dim `groups` tells."""
-    quack = quack_module()
-    assert quack is not None
-    quack.gemm_tuned.fn(a, b, out, config=_config(tile), **groups)
+    _quack().gemm_tuned.fn(a, b, out, config=_config(tile), **groups)
     return out
 
 

@@ -4,11 +4,11 @@ Every kernel gives (o, log-sum-exp) and takes both back in its backward pass, so
 the keys can be merged with that over others. The kernels work on flat tokens: q [tokens, heads, head_dim].
 """
 
-import functools
 import importlib
 import logging
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import cache, partial
 from itertools import pairwise
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.documents import Documents
+from kernels.documents import Documents, locate_documents
+from kernels.optional import announce, compare_with_twin, is_usable
 from kernels.reference import attention_part, attention_part_backward
 from kernels.reference import softmax_attention as softmax_attention_by_mask
 
@@ -29,7 +30,7 @@ CUDNN_TOKENS = 2048
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-class Path(StrEnum):
+class Backend(StrEnum):
     """What computes attention."""
 
     twin = "twin"
@@ -58,7 +59,7 @@ class Spans(NamedTuple):
     """`queries`, where they are known without reading the device."""
 
 
-def choose_path(
+def choose_backend(
     dtype: torch.dtype,
     head_dim: int,
     *,
@@ -67,8 +68,8 @@ def choose_path(
     has_cudnn: bool,
     knows_lengths: bool,
     is_deterministic: bool,
-) -> tuple[Path, str]:
-    """The fastest exact path, and why no faster one.
+) -> tuple[Backend, str]:
+    """The fastest exact backend, and why no faster one.
 
     Args:
         capability: of the GPU; None = the tensors are elsewhere.
@@ -76,30 +77,33 @@ def choose_path(
         is_deterministic: gradients must repeat bit by bit.
     """
     if capability is None:
-        return Path.twin, "tensors are not on a GPU"
+        return Backend.twin, "tensors are not on a GPU"
     if dtype not in (torch.bfloat16, torch.float16):
-        return Path.twin, f"flash kernels know no {dtype}"
+        return Backend.twin, f"flash kernels know no {dtype}"
     if head_dim % 8 or head_dim > 256:
-        return Path.twin, f"head_dim {head_dim} is no multiple of 8 up to 256"
+        return Backend.twin, f"head_dim {head_dim} is no multiple of 8 up to 256"
     if capability < (9, 0):
-        return Path.flash2, f"faster kernels need compute capability 9.0, this is {capability}"
+        return Backend.flash2, f"faster kernels need compute capability 9.0, this is {capability}"
     if head_dim > 128:
-        return Path.flash2, f"faster kernels need head_dim <= 128, not {head_dim}"
+        return Backend.flash2, f"faster kernels need head_dim <= 128, not {head_dim}"
     if has_flash4:
-        return Path.flash4, "flash-attn-4 is installed"
+        return Backend.flash4, "flash-attn-4 is installed"
     if not has_cudnn:
-        return Path.flash2, "flash-attn-4 is not installed, and torch has no cuDNN"
+        return Backend.flash2, "no flash-attn-4 that works, and torch has no cuDNN"
     if is_deterministic:
-        return Path.flash2, "flash-attn-4 is not installed, and cuDNN's gradients do not repeat bit by bit"
+        return (
+            Backend.flash2,
+            "no flash-attn-4 that works, and cuDNN's gradients do not repeat bit by bit",
+        )
     if not knows_lengths:
-        return Path.flash2, "flash-attn-4 is not installed, and document lengths are only on the device"
-    return Path.cudnn, "flash-attn-4 is not installed"
+        return Backend.flash2, "no flash-attn-4 that works, and document lengths are only on the device"
+    return Backend.cudnn, "no flash-attn-4 that works"
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """Causal attention inside each document, scale head_dim^-0.5, grouped kv heads.
 
-    Where `choose_path` finds a flash kernel its memory is linear in the tokens; nothing is read on the host.
+    With a flash kernel (`choose_backend`) memory is linear in the tokens; nothing is read on the host.
 
     Args:
         q: [rows, tokens, heads, head_dim]. k, v: [rows, tokens, kv_heads, head_dim].
@@ -107,15 +111,17 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> 
     Returns:
         [rows, tokens, heads, head_dim].
     """
-    path = path_for(q, documents)
-    if path is Path.twin:
+    backend = backend_for(q, documents)
+    if backend is Backend.twin:
         return softmax_attention_by_mask(q, k, v, documents)
-    return softmax_attention_flash(q, k, v, documents, path)
+    return softmax_attention_flash(q, k, v, documents, backend)
 
 
-def softmax_attention_flash(q: Tensor, k: Tensor, v: Tensor, documents: Documents, path: Path) -> Tensor:
-    """`softmax_attention` by a path that is not the twin."""
-    return _FlashAttention.apply(q, k, v, document_spans(documents, q.shape[1]), path)
+def softmax_attention_flash(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, backend: Backend
+) -> Tensor:
+    """`softmax_attention` by a backend that is not the twin."""
+    return _FlashAttention.apply(q, k, v, document_spans(documents, q.shape[1]), backend)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents | None = None) -> tuple[Tensor, Tensor]:
@@ -130,10 +136,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents | None = Non
         o [rows, queries, heads, head_dim] in q's dtype or wider, log-sum-exp [rows, queries, heads] at least
         fp32.
     """
-    path = path_for(q, documents)
-    if path is Path.twin:
+    backend = backend_for(q, documents)
+    if backend is Backend.twin:
         return attention_part(q, k, v, _seen(documents))
-    o, lse = _flash(path, _spans(q, k, documents), *(x.flatten(0, 1) for x in (q, k, v)))
+    o, lse = _flash(backend, _spans(q, k, documents), *(x.flatten(0, 1) for x in (q, k, v)))
     return o.view_as(q), lse.unflatten(1, q.shape[:2]).permute(1, 2, 0)
 
 
@@ -153,13 +159,13 @@ def attend_backward(
         grad: gradient of o.
         o, lse: as `attend` returns them, over all keys that the queries see in any part.
     """
-    path = path_for(q, documents)
-    if path is Path.twin:
+    backend = backend_for(q, documents)
+    if backend is Backend.twin:
         grad = grad.to(lse.dtype)
         return attention_part_backward(q, k, v, lse, (o * grad).sum(-1), grad, _seen(documents))
     flat = [x.flatten(0, 1) for x in (grad.to(q.dtype), q, k, v, o.to(q.dtype), lse)]
     flat[5] = flat[5].T.contiguous()
-    dq, dk, dv = _flash_backward(path, _spans(q, k, documents), *flat)
+    dq, dk, dv = _flash_backward(backend, _spans(q, k, documents), *flat)
     return dq.view_as(q), dk.view_as(k), dv.view_as(v)
 
 
@@ -167,17 +173,17 @@ class _FlashAttention(torch.autograd.Function):
     """forward: saves (o, log-sum-exp); backward: is seeded with them."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Spans, path: Path) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: Spans, backend: Backend) -> Tensor:
         flat = [x.flatten(0, 1) for x in (q, k, v)]
-        o, lse = _flash(path, spans, *flat)
+        o, lse = _flash(backend, spans, *flat)
         ctx.save_for_backward(*flat, o, lse)
         ctx.shapes = q.shape, k.shape
-        ctx.spans, ctx.path = spans, path
+        ctx.spans, ctx.backend = spans, backend
         return o.view_as(q)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, dv = _flash_backward(ctx.path, ctx.spans, grads[0].flatten(0, 1), *ctx.saved_tensors)
+        dq, dk, dv = _flash_backward(ctx.backend, ctx.spans, grads[0].flatten(0, 1), *ctx.saved_tensors)
         of_q, of_k = ctx.shapes
         return dq.view(of_q), dk.view(of_k), dv.view(of_k), None, None
 
@@ -212,19 +218,23 @@ def _seen(documents: Documents | None) -> Tensor | None:
     return (documents.ids[:, :, None] == documents.ids[:, None]).tril()
 
 
-def path_for(q: Tensor, documents: Documents | None) -> Path:
+def backend_for(q: Tensor, documents: Documents | None) -> Backend:
     """What `softmax_attention` and, with None too, `attend` take for q [rows, tokens, heads, head_dim]."""
-    path, reason = choose_path(
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    backend, reason = choose_backend(
         q.dtype,
         q.shape[-1],
-        capability=torch.cuda.get_device_capability(q.device) if q.is_cuda else None,
-        has_flash4=q.is_cuda and flash4_module() is not None,
+        capability=capability,
+        has_flash4=capability is not None and capability >= (9, 0) and has_flash4(),
         has_cudnn=torch.backends.cudnn.is_available(),
         knows_lengths=documents is None or documents.on_host is not None,
         is_deterministic=_must_repeat(),
     )
-    _announce(path, reason, logging.WARNING if q.is_cuda and path is Path.twin else logging.INFO)
-    return path
+    is_dear = q.is_cuda and backend is Backend.twin
+    cost = ", which takes memory in tokens^2" if is_dear else ""
+    level = logging.WARNING if is_dear else logging.INFO
+    announce(log, level, f"softmax attention by {backend}{cost}: {reason}")
+    return backend
 
 
 def _must_repeat() -> bool:
@@ -233,36 +243,42 @@ def _must_repeat() -> bool:
     return is_asked and not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-@functools.cache
-def _announce(path: Path, reason: str, level: int) -> None:
-    """Log a choice when it is made for the first time."""
-    cost = ", which takes memory in tokens^2" if level == logging.WARNING else ""
-    log.log(level, "softmax attention by %s%s: %s", path, cost, reason)
+@cache
+def has_flash4() -> bool:
+    """Whether flash-attn-4 is installed and computes what the twin does; this compiles its kernels."""
+    return is_usable("flash-attn-4", _try_flash4)
 
 
-@functools.cache
-def flash4_module() -> ModuleType | None:
-    """flash-attn-4's functions, where it is installed; it compiles its kernels when they are first called."""
-    try:
-        return importlib.import_module("flash_attn.cute.interface")
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("flash_attn"):
-            log.warning("flash-attn-4 is installed but not used: it lacks %s", error.name)
-        return None
+def _try_flash4(device: str = "cuda") -> None:
+    """Compare two documents of a small row with the twin."""
+    draw = torch.Generator(device).manual_seed(0)
+    inputs = [torch.randn(1, 64, heads, 64, device=device, generator=draw).bfloat16() for heads in (2, 1, 1)]
+    documents = locate_documents(torch.tensor([[0, 24, 64]], dtype=torch.int32, device=device), 64)
+    named: dict[str, Any] = {"documents": documents}
+    fast = partial(softmax_attention_flash, backend=Backend.flash4, **named)
+    compare_with_twin(fast, partial(softmax_attention_by_mask, **named), inputs)
 
 
-def _flash(path: Path, spans: Spans, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _flash4_module() -> ModuleType:
+    return importlib.import_module("flash_attn.cute.interface")
+
+
+def _flash(backend: Backend, spans: Spans, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """(o [queries, heads, head_dim], log-sum-exp [heads, queries] fp32)."""
-    forward = {Path.flash2: _flash2, Path.cudnn: _cudnn, Path.flash4: _flash4}[path]
+    forward = {Backend.flash2: _flash2, Backend.cudnn: _cudnn, Backend.flash4: _flash4}[backend]
     return forward(spans, q, k, v)
 
 
 def _flash_backward(
-    path: Path, spans: Spans, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
+    backend: Backend, spans: Spans, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
 ) -> Gradients:
     """dq, dk, dv in the dtypes of q, k, v; o and lse over all keys that the queries see."""
-    backward = {Path.flash2: _flash2_backward, Path.cudnn: _cudnn_backward, Path.flash4: _flash4_backward}
-    return backward[path](spans, grad.contiguous(), q, k, v, o, lse)
+    backwards = {
+        Backend.flash2: _flash2_backward,
+        Backend.cudnn: _cudnn_backward,
+        Backend.flash4: _flash4_backward,
+    }
+    return backwards[backend](spans, grad.contiguous(), q, k, v, o, lse)
 
 
 def _flash2(spans: Spans, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,19 +300,15 @@ def _flash2_backward(
 
 
 def _flash4(spans: Spans, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    module = flash4_module()
-    assert module is not None
-    o, lse, *_ = module._flash_attn_fwd(q, k, v, **_flash4_sizes(spans), return_lse=True)
+    o, lse, *_ = _flash4_module()._flash_attn_fwd(q, k, v, **_flash4_sizes(spans), return_lse=True)
     return o, lse
 
 
 def _flash4_backward(
     spans: Spans, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
 ) -> Gradients:
-    module = flash4_module()
-    assert module is not None
     sizes = _flash4_sizes(spans)
-    return module._flash_attn_bwd(q, k, v, o, grad, lse, **sizes, deterministic=_must_repeat())
+    return _flash4_module()._flash_attn_bwd(q, k, v, o, grad, lse, **sizes, deterministic=_must_repeat())
 
 
 def _flash4_sizes(spans: Spans) -> dict[str, Any]:

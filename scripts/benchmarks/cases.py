@@ -15,8 +15,8 @@ from torch.autograd.graph import get_gradient_edge
 from kernels.adamw import Hyperparameters, Moving, adamw, square_sum
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.documents import Documents, locate_documents
-from kernels.expert_ffn import Path as ExpertPath
-from kernels.expert_ffn import expert_ffn, expert_ffn_by, quack_module
+from kernels.expert_ffn import Backend as ExpertPath
+from kernels.expert_ffn import expert_ffn, expert_ffn_by, has_quack
 from kernels.gated_norm import gated_rms_norm
 from kernels.lightning_attention import lightning_attention
 from kernels.permute import permute, sort_choices, unpermute
@@ -27,7 +27,7 @@ from kernels.reference import unpermute as unpermute_by_index
 from kernels.rms_norm import Carried, carry_rms_norm, rms_norm
 from kernels.rotary import rotate_
 from kernels.router import route
-from kernels.softmax_attention import Path, path_for, softmax_attention, softmax_attention_flash
+from kernels.softmax_attention import Backend, backend_for, softmax_attention, softmax_attention_flash
 from kernels.swiglu import swiglu
 from model.config import RouterConfig
 from model.router import Micro, Router
@@ -107,9 +107,9 @@ def _attention(s: Sizes, draw: _Draw) -> list[Case]:
         heads = (s.heads, s.kv_heads, s.kv_heads)
         q, k, v = inputs = [draw.leaf(1, s.tokens, n, s.head_dim) for n in heads]
         ops = {OURS: Op(lambda: softmax_attention(q, k, v, documents), inputs)}
-        for path in (Path.cudnn, Path.flash2) if with_peers else ():
-            if path is not path_for(q, documents):
-                ops[path] = Op(partial(softmax_attention_flash, q, k, v, documents, path), inputs)
+        for backend in (Backend.cudnn, Backend.flash2) if with_peers else ():
+            if backend is not backend_for(q, documents):
+                ops[backend] = Op(partial(softmax_attention_flash, q, k, v, documents, backend), inputs)
         return ops
 
     name = f"softmax {_k(s.tokens)} in {len(packed)} docs, {s.heads}/{s.kv_heads} heads"
@@ -185,7 +185,7 @@ def _experts(s: Sizes, draw: _Draw) -> list[Case]:
             from liger_kernel.ops import LigerFusedMoEFunction as Fused
 
             index = experts.int()
-            if quack_module():
+            if has_quack():
                 ops["torch"] = Op(lambda: by(partial(expert_ffn_by, ExpertPath.torch)), inputs)
             ops["eager"] = Op(eager, inputs)
             ops["liger"] = Op(lambda: Fused.apply(x, gate_up.flatten(1, 2), down, index, weights), inputs)

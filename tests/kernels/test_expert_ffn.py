@@ -1,14 +1,14 @@
-"""Experts: every path that is there against the twin, and the choice between them."""
+"""Experts: every backend that is there against the twin, and the choice between them."""
 
 import logging
 from functools import partial
-from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.expert_ffn import Path, _announce, choose_path, expert_ffn, expert_ffn_by, quack_module
+from kernels.expert_ffn import Backend, choose_backend, expert_ffn, expert_ffn_by, has_quack
+from kernels.optional import announce
 from kernels.reference import expert_ffn as expert_ffn_by_expert
 from tests.support.kernel_checks import (
     DEVICE,
@@ -20,7 +20,7 @@ from tests.support.kernel_checks import (
 )
 
 ON_HOPPER = DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] == 9
-PATHS = [Path.torch, *([Path.quack] if ON_HOPPER and quack_module() else [])]
+BACKENDS = [Backend.torch, *([Backend.quack] if ON_HOPPER and has_quack() else [])]
 ENDS = {
     "some without rows": [0, 40, 40, 101, 101],
     "all rows on the first": [100] * 5,
@@ -48,17 +48,17 @@ def draw(ends: list[int], hidden: int, ffn: int) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
 @pytest.mark.parametrize("sizes", [(16, 24), (64, 200), (256, 96)])
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_paths_against_the_twin(
-    path: Path, sizes: tuple[int, int], ends: list[int], dtype: torch.dtype
+    backend: Backend, sizes: tuple[int, int], ends: list[int], dtype: torch.dtype
 ) -> None:
     """Experts without rows have zero gradients; the weights of rows get theirs."""
-    if path is Path.quack and dtype == torch.float32:
+    if backend is Backend.quack and dtype == torch.float32:
         pytest.skip("quack takes bf16 and fp16")
-    check_against_twin(partial(expert_ffn_by, path), expert_ffn_by_expert, draw(ends, *sizes), dtype=dtype)
+    check_against_twin(partial(expert_ffn_by, backend), expert_ffn_by_expert, draw(ends, *sizes), dtype=dtype)
 
 
-@pytest.mark.skipif(Path.quack not in PATHS, reason="quack adds in its GEMMs")
+@pytest.mark.skipif(Backend.quack not in BACKENDS, reason="quack adds in its GEMMs")
 @pytest.mark.parametrize("ends", [ends for ends in ENDS.values() if ends[-1]])
 def test_weight_gradients_are_added_to_those_of_the_masters(ends: list[int]) -> None:
     """Three passes: their sum in fp32 errs at most twice as much as the twin's rounded ones; it repeats."""
@@ -70,7 +70,7 @@ def test_weight_gradients_are_added_to_those_of_the_masters(ends: list[int]) -> 
     def add_up() -> list[Tensor]:
         masters = [x.detach().float() for x in weights]
         for grad in upstream:
-            expert_ffn_by(Path.quack, *narrow, masters=tuple(masters)).backward(grad)
+            expert_ffn_by(Backend.quack, *narrow, masters=tuple(masters)).backward(grad)
         assert all(weight.grad is None for weight in weights)
         return [master.grad for master in masters]
 
@@ -90,7 +90,7 @@ def test_weight_gradients_are_added_to_those_of_the_masters(ends: list[int]) -> 
         assert all(a <= b for a, b in zip(errors(mine, right), bounds, strict=True))
 
 
-@pytest.mark.skipif(Path.quack not in PATHS, reason="20 GB of memory")
+@pytest.mark.skipif(Backend.quack not in BACKENDS, reason="20 GB of memory")
 @pytest.mark.parametrize(
     ("experts", "hidden", "ffn", "rows"), [(2, 64, 9216, 2**31 // (2 * 9216) + 100), (32, 6144, 9216, 96)]
 )
@@ -112,7 +112,7 @@ def test_past_2_to_the_31_entries(experts: int, hidden: int, ffn: int, rows: int
         (x[-last:], gate_up[-1:], down[-1:], scale[-last:], ends[-1:] - rows + last),
     ):
         leaves = [piece.detach().requires_grad_() for piece in pieces[:4]]
-        y = expert_ffn_by(Path.quack, *leaves, pieces[4])
+        y = expert_ffn_by(Backend.quack, *leaves, pieces[4])
         d_x, d_gate_up, d_down, d_scale = torch.autograd.grad(y, leaves, torch.ones_like(y))
         found.append([y[-last:], d_x[-last:], d_gate_up[-1], d_down[-1], d_scale[-last:]])
     for mine, right in zip(*found, strict=True):
@@ -120,45 +120,28 @@ def test_past_2_to_the_31_entries(experts: int, hidden: int, ffn: int, rows: int
 
 
 def test_the_fastest_path_is_taken_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    _announce.cache_clear()
+    announce.cache_clear()
     inputs = [x.bfloat16() if x.dtype == torch.float64 else x for x in draw([3, 3, 8], 16, 24)]
     with caplog.at_level(logging.INFO):
         first, second = expert_ffn(*inputs), expert_ffn(*inputs)
-    assert torch.equal(first, second) and torch.equal(first, expert_ffn_by(PATHS[-1], *inputs))
-    assert [record.message.split(":")[0] for record in caplog.records] == [f"experts by {PATHS[-1]}"]
+    assert torch.equal(first, second) and torch.equal(first, expert_ffn_by(BACKENDS[-1], *inputs))
+    assert [record.message.split(":")[0] for record in caplog.records] == [f"experts by {BACKENDS[-1]}"]
 
 
 @pytest.mark.parametrize(
-    ("given", "path", "reason"),
+    ("given", "backend", "reason"),
     [
-        ({}, Path.quack, "is installed"),
-        ({"has_quack": False}, Path.torch, "not installed"),
-        ({"capability": None}, Path.torch, "not on a GPU"),
-        ({"capability": (8, 0)}, Path.torch, "(8, 0)"),
-        ({"capability": (10, 0)}, Path.torch, "(10, 0)"),
-        ({"dtype": torch.float32}, Path.torch, "float32"),
-        ({"ffn": 100}, Path.torch, "expert_ffn_size 100"),
-        ({"hidden": 60}, Path.torch, "hidden_size 60"),
+        ({}, Backend.quack, "is installed"),
+        ({"has_quack": False}, Backend.torch, "no quack-kernels that works"),
+        ({"capability": None}, Backend.torch, "not on a GPU"),
+        ({"capability": (8, 0)}, Backend.torch, "(8, 0)"),
+        ({"capability": (10, 0)}, Backend.torch, "(10, 0)"),
+        ({"dtype": torch.float32}, Backend.torch, "float32"),
+        ({"ffn": 100}, Backend.torch, "expert_ffn_size 100"),
+        ({"hidden": 60}, Backend.torch, "hidden_size 60"),
     ],
 )
-def test_choice(given: dict, path: Path, reason: str) -> None:
+def test_choice(given: dict, backend: Backend, reason: str) -> None:
     best = {"dtype": torch.bfloat16, "hidden": 64, "ffn": 96, "capability": (9, 0), "has_quack": True}
-    found, why = choose_path(**{**best, **given})
-    assert found is path and reason in why
-
-
-@pytest.mark.parametrize("found", [None, "0.7.0"])
-def test_another_version_of_quack_is_not_used(
-    found: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def version(name: str) -> str:
-        assert name == "quack-kernels"
-        if found is None:
-            raise PackageNotFoundError(name)
-        return found
-
-    monkeypatch.setattr("kernels.expert_ffn.version", version)
-    assert quack_module.__wrapped__() is None
-    assert [record.message for record in caplog.records] == (
-        ["quack-kernels 0.7.0 is installed but not used: experts are tested with 0.6.5"] if found else []
-    )
+    found, why = choose_backend(**{**best, **given})
+    assert found is backend and reason in why

@@ -1,6 +1,6 @@
-"""Softmax attention: every path that is there against the twin, the choice among them, parts and their merge.
+"""Softmax attention: every backend against the twin, the choice among them, parts and their merge.
 
-On a CPU the twin is the only path; what surrounds the others is tested there, too.
+On a CPU the twin is the only backend; what surrounds the others is tested there, too.
 """
 
 import logging
@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from kernels.documents import Documents, locate_documents
+from kernels.optional import announce
 from kernels.reference import merge_attention
 from kernels.reference import softmax_attention as twin
 from kernels.softmax_attention import (
     CUDNN_TOKENS,
-    Path,
-    _announce,
+    Backend,
     attend,
     attend_backward,
-    choose_path,
+    choose_backend,
     cut_documents,
     document_spans,
-    flash4_module,
+    has_flash4,
     planned_length,
     softmax_attention,
     softmax_attention_flash,
@@ -31,8 +31,8 @@ from kernels.softmax_attention import (
 from tests.support.kernel_checks import DEVICE, allowed_errors, errors, outputs_and_gradients, random_tensor
 
 ON_GPU = DEVICE.type == "cuda"
-FLASH = [Path.flash2, Path.cudnn, *([Path.flash4] if flash4_module() else [])] if ON_GPU else []
-PATHS = FLASH or [Path.twin]
+FLASH = [Backend.flash2, Backend.cudnn, *([Backend.flash4] if has_flash4() else [])] if ON_GPU else []
+BACKENDS = FLASH or [Backend.twin]
 EVERYTHING = {
     "capability": (9, 0),
     "has_flash4": True,
@@ -75,24 +75,24 @@ def compare(found: list[Tensor], op, inputs: list[Tensor], dtype: torch.dtype, s
 @pytest.mark.parametrize("name", ROWS if ON_GPU else ["short", "one"])
 @pytest.mark.parametrize(("heads", "head_dim"), [((4, 4), 64), ((8, 2), 128), ((3, 1), 24)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16] if ON_GPU else [torch.bfloat16])
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_paths_against_the_twin(
-    path: Path, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, name: str
+    backend: Backend, dtype: torch.dtype, heads: tuple[int, int], head_dim: int, name: str
 ) -> None:
     tokens, starts = ROWS[name]
     documents = documents_of(tokens, starts)
 
     def op(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if path is Path.twin:
+        if backend is Backend.twin:
             return softmax_attention(q, k, v, documents)
-        return softmax_attention_flash(q, k, v, documents, path)
+        return softmax_attention_flash(q, k, v, documents, backend)
 
     inputs = draw(len(starts), tokens, heads, head_dim)
     narrow = [x.to(dtype) for x in inputs]
     found = outputs_and_gradients(op, narrow, 1)
     assert all(x.dtype == dtype for x in found)
     compare(found, lambda q, k, v: twin(q, k, v, documents), inputs, dtype)
-    if path is not Path.cudnn:
+    if backend is not Backend.cudnn:
         torch.use_deterministic_algorithms(True)
         first, second = (outputs_and_gradients(op, narrow, 1) for _ in range(2))
         assert all(map(torch.equal, first, second))
@@ -101,11 +101,13 @@ def test_paths_against_the_twin(
 @pytest.mark.parametrize(
     "sizes", [(5, 8), *([(CUDNN_TOKENS, CUDNN_TOKENS + 128), (CUDNN_TOKENS, 77)] if ON_GPU else [])]
 )
-@pytest.mark.parametrize("path", PATHS)
-def test_parts_of_the_keys_merge(path: Path, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_of_the_keys_merge(
+    backend: Backend, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A row in two halves: later queries see the keys of both, which are computed apart."""
-    monkeypatch.setattr("kernels.softmax_attention.path_for", lambda *_: path)
-    dtype = torch.float64 if path is Path.twin else torch.bfloat16
+    monkeypatch.setattr("kernels.softmax_attention.backend_for", lambda *_: backend)
+    dtype = torch.float64 if backend is Backend.twin else torch.bfloat16
     first, tokens = sizes[0], sum(sizes)
     inputs = draw(1, tokens, (4, 2), 128 if ON_GPU else 6)
     whole = documents_of(tokens, [[0]])
@@ -120,11 +122,11 @@ def test_parts_of_the_keys_merge(path: Path, sizes: tuple[int, int], monkeypatch
     dq0, dk00, dv00 = attend_backward(grad0, q0, k0, v0, o0, lse0, documents=halves[0])
     dq11, dk1, dv1 = attend_backward(grad1, q1, k1, v1, o1, lse1, documents=halves[1])
     dq10, dk10, dv10 = attend_backward(grad1, q1, k0, v0, o1, lse1)
-    if path is not Path.twin:
+    if backend is not Backend.twin:
         dq11, dk00, dv00 = dq11.float(), dk00.float(), dv00.float()
     pairs = [(o0, o1), (dq0, dq11 + dq10), (dk00 + dk10, dk1), (dv00 + dv10, dv1)]
     found = [torch.cat(pair, 1) for pair in pairs]
-    if path is not Path.twin:
+    if backend is not Backend.twin:
         compare(found, lambda q, k, v: twin(q, k, v, whole), inputs, dtype)
         return
     expected = outputs_and_gradients(lambda q, k, v: twin(q, k, v, whole), inputs, 1)
@@ -132,18 +134,18 @@ def test_parts_of_the_keys_merge(path: Path, sizes: tuple[int, int], monkeypatch
 
 
 @pytest.mark.skipif(not ON_GPU, reason="nothing to wait for")
-@pytest.mark.parametrize("path", PATHS)
-def test_no_path_waits_for_the_device(path: Path) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_backend_waits_for_the_device(backend: Backend) -> None:
     tokens, starts = ROWS["long"]
     documents = documents_of(tokens, starts)
     q, k, v = (x.bfloat16().requires_grad_() for x in draw(2, tokens, (4, 2), 128))
     grad = torch.ones_like(q)
-    softmax_attention_flash(q, k, v, documents, path).backward(
+    softmax_attention_flash(q, k, v, documents, backend).backward(
         grad
     )  # what is built at the first call may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
-        softmax_attention_flash(q, k, v, documents, path).backward(grad)
+        softmax_attention_flash(q, k, v, documents, backend).backward(grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -160,32 +162,36 @@ def test_wide_numbers_are_the_twin_s() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "path", "reason"),
+    ("changes", "backend", "reason"),
     [
-        ({}, Path.flash4, "flash-attn-4 is installed"),
-        ({"knows_lengths": False, "has_cudnn": False, "is_deterministic": True}, Path.flash4, "is installed"),
-        ({"has_flash4": False}, Path.cudnn, "flash-attn-4 is not installed"),
-        ({"has_flash4": False, "knows_lengths": False}, Path.flash2, "lengths are only on the device"),
-        ({"has_flash4": False, "is_deterministic": True}, Path.flash2, "do not repeat bit by bit"),
-        ({"has_flash4": False, "has_cudnn": False}, Path.flash2, "torch has no cuDNN"),
-        ({"capability": (8, 0)}, Path.flash2, "need compute capability 9.0, this is (8, 0)"),
-        ({"capability": (10, 0)}, Path.flash4, "is installed"),
-        ({"capability": None}, Path.twin, "not on a GPU"),
-        ({"dtype": torch.float32}, Path.twin, "no torch.float32"),
-        ({"head_dim": 192}, Path.flash2, "need head_dim <= 128, not 192"),
-        ({"head_dim": 20}, Path.twin, "head_dim 20 is no multiple of 8"),
-        ({"head_dim": 264}, Path.twin, "up to 256"),
+        ({}, Backend.flash4, "flash-attn-4 is installed"),
+        (
+            {"knows_lengths": False, "has_cudnn": False, "is_deterministic": True},
+            Backend.flash4,
+            "is installed",
+        ),
+        ({"has_flash4": False}, Backend.cudnn, "no flash-attn-4 that works"),
+        ({"has_flash4": False, "knows_lengths": False}, Backend.flash2, "lengths are only on the device"),
+        ({"has_flash4": False, "is_deterministic": True}, Backend.flash2, "do not repeat bit by bit"),
+        ({"has_flash4": False, "has_cudnn": False}, Backend.flash2, "torch has no cuDNN"),
+        ({"capability": (8, 0)}, Backend.flash2, "need compute capability 9.0, this is (8, 0)"),
+        ({"capability": (10, 0)}, Backend.flash4, "is installed"),
+        ({"capability": None}, Backend.twin, "not on a GPU"),
+        ({"dtype": torch.float32}, Backend.twin, "no torch.float32"),
+        ({"head_dim": 192}, Backend.flash2, "need head_dim <= 128, not 192"),
+        ({"head_dim": 20}, Backend.twin, "head_dim 20 is no multiple of 8"),
+        ({"head_dim": 264}, Backend.twin, "up to 256"),
     ],
 )
-def test_choice(changes: dict, path: Path, reason: str) -> None:
+def test_choice(changes: dict, backend: Backend, reason: str) -> None:
     named = {"dtype": torch.bfloat16, "head_dim": 128, **EVERYTHING, **changes}
-    found, why = choose_path(named.pop("dtype"), named.pop("head_dim"), **named)
-    assert found is path
+    found, why = choose_backend(named.pop("dtype"), named.pop("head_dim"), **named)
+    assert found is backend
     assert reason in why
 
 
 def test_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    _announce.cache_clear()
+    announce.cache_clear()
     tokens, starts = ROWS["short"]
     q, k, v = (x.float() for x in draw(2, tokens, (2, 1), 8))
     with caplog.at_level(logging.INFO, logger="kernels.softmax_attention"):
@@ -202,7 +208,7 @@ def test_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_twin_on_a_gpu_is_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _announce.cache_clear()
+    announce.cache_clear()
     if not ON_GPU:
         monkeypatch.setattr(Tensor, "is_cuda", property(lambda _: True), raising=False)
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
