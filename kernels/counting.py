@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.device import by_device
 from kernels.reference import count_keys as count_keys_by_bins
 
 
@@ -32,17 +33,6 @@ CONFIGS = [Config(128, 32, 4), Config(256, 32, 4), Config(256, 32, 8)]
 def ceil_div(n: int, size: int) -> int:
     """n / size, rounded up; triton.cdiv does the same in microseconds."""
     return -(-n // size)
-
-
-def count_keys(keys: Tensor, num_keys: int) -> Tensor:
-    """[num_keys] int64: choices of each key.
-
-    Args:
-        keys: [choices] int64 >= 0, num_keys or more where not counted.
-    """
-    if not keys.is_cuda:
-        return count_keys_by_bins(keys, num_keys)
-    return count_blocks(keys, num_keys).sum(0)[:num_keys]
 
 
 def count_sort(keys: Tensor, num_keys: int, config: Config = CONFIGS[0]) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,6 +67,14 @@ def count_blocks(keys: Tensor, num_keys: int, config: Config = CONFIGS[0]) -> Te
         BN=config.choices, BX=config.keys, num_warps=config.num_warps,
     )  # fmt: skip
     return blocks
+
+
+def count_keys_triton(keys: Tensor, num_keys: int) -> Tensor:
+    """`count_keys` by the kernel."""
+    return count_blocks(keys, num_keys).sum(0)[:num_keys]
+
+
+count_keys = by_device(count_keys_triton, count_keys_by_bins)
 
 
 @triton.jit

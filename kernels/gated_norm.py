@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.device import by_device
 from kernels.reference import gated_rms_norm as plain_gated_rms_norm
 from kernels.row_tiles import (
     Config,
@@ -21,28 +22,12 @@ from kernels.row_tiles import (
     as_rows,
     choose_backward,
     choose_forward,
-    has_kernel,
     load_tile,
     persistent_programs,
     sum_partials,
 )
 
 Merge = Callable[[Tensor], Tensor]
-
-
-def gated_rms_norm(
-    o: Tensor, gate: Tensor, weight: Tensor, eps: float, *, parts: int = 1, merge: Merge | None = None
-) -> Tensor:
-    """sigmoid(gate) * o / rms(o) * weight over the last dim; o / rms(o) is rounded to o's dtype.
-
-    Args:
-        o, gate: [..., size]. weight: [size].
-        parts: how many such parts make a whole row.
-        merge: makes a sum over a part's entries, one fp32 number a row, that over the whole row; its gradient
-            is `merge` of the gradient. None = the part is the whole.
-    """
-    compute = gated_rms_norm_triton if has_kernel(o) else plain_gated_rms_norm
-    return compute(o, gate, weight, eps, parts=parts, merge=merge)
 
 
 def gated_rms_norm_triton(
@@ -64,6 +49,9 @@ def gated_rms_norm_triton(
     plain = (x.detach() for x in (weight, o, gate))
     y, rstd = _PartOfRows.apply(o, gate, next(plain), eps, parts, merge, config)
     return _PartOfWeight.apply(y, rstd, weight, *plain, config)
+
+
+gated_rms_norm = by_device(gated_rms_norm_triton, plain_gated_rms_norm)
 
 
 class _GatedRMSNorm(torch.autograd.Function):

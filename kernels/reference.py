@@ -39,12 +39,13 @@ def gated_rms_norm(
     parts: int = 1,
     merge: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """sigmoid(gate) * RMSNorm(o), rounded as in `rms_norm`.
+    """sigmoid(gate) * o / rms(o) * weight over the last dim; o / rms(o) is rounded to o's dtype.
 
     Args:
         o, gate: [..., size]. weight: [size].
-        parts, merge: a row has `parts` parts of size entries; merge makes a part's square sum, [..., 1], the
-            row's.
+        parts: how many such parts make a whole row.
+        merge: makes a sum over a part's entries, one number a row [..., 1], that over the whole row; its
+            gradient is `merge` of the gradient. None = the part is the whole.
     """
     if merge is None:
         return torch.sigmoid(gate) * rms_norm(o, weight, eps)
@@ -278,16 +279,18 @@ def swiglu(gate_up: Tensor, scale: Tensor) -> Tensor:
 def choose_experts(
     logits: Tensor, top_k: int, *, bias: Tensor | None = None, real: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Each token's top_k experts by logit or, with a bias, by softmax + bias; among equals the first ones.
+    """Find each token's top_k experts by logit or, with a bias, by softmax + bias; among equals the first.
+
+    No gradient.
 
     Args:
         logits: [tokens, experts].
         bias: [experts].
-        real: [tokens] bool, False for padding, which is in no sum; None = all.
+        real: [tokens] bool, False for padding, which chooses, too, but is in no sum; None = all.
 
     Returns:
-        experts [tokens, top_k], best first, and sums [1, experts + 2] over tokens: probabilities of each
-        expert, squares of log-sum-exp, entropies.
+        experts [tokens, top_k] int64, best first, and sums [parts, experts + 2], to be added up over parts (1
+        here): softmax probabilities of each expert, squares of log-sum-exp, entropies.
     """
     probs, squares = widen(logits).softmax(-1), widen(logits).logsumexp(-1).square()
     scores = logits if bias is None else probs + bias

@@ -13,13 +13,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.device import by_device, has_kernel
 from kernels.reference import rms_norm as plain_rms_norm
 from kernels.row_tiles import (
     Config,
     as_rows,
     choose_backward,
     choose_forward,
-    has_kernel,
     load_tile,
     persistent_programs,
     sum_partials,
@@ -33,17 +33,6 @@ class Carried(NamedTuple):
     """alpha * h, or h alone where kernels run; its gradient is that of alpha * h in both cases."""
     factor: float
     """Still to be multiplied."""
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dim; rounded to x's dtype before the weight.
-
-    Args:
-        x: [..., size]. weight: [size].
-    """
-    if not has_kernel(x):
-        return plain_rms_norm(x, weight, eps)
-    return rms_norm_triton(x, weight, eps)
 
 
 def carry_rms_norm(
@@ -68,6 +57,9 @@ def add_carried(carried: Carried, branch: Tensor) -> Tensor:
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, *, config: Config | None = None) -> Tensor:
     """`rms_norm` by the kernels."""
     return _RMSNorm.apply(x, None, weight, eps, 1.0, 1.0, config)[0]
+
+
+rms_norm = by_device(rms_norm_triton, plain_rms_norm)
 
 
 def carry_rms_norm_triton(

@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.device import has_kernel
 from kernels.reference import apply_rotary
-from kernels.row_tiles import Launch, has_kernel
+from kernels.row_tiles import Launch
 
 Table = tuple[Tensor, Tensor]
 

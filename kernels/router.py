@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.counting import ceil_div
+from kernels.device import by_device
 from kernels.reference import Balance, Record
 from kernels.reference import choose_experts as choose_experts_by_sort
 from kernels.reference import record_choices as record_choices_by_torch
@@ -38,81 +39,6 @@ class Config(NamedTuple):
 CONFIGS = [Config(2048, 4), Config(1024, 4), Config(4096, 4), Config(4096, 8)]
 
 
-def has_kernel(logits: Tensor) -> bool:
-    """Whether the kernels take the logits; elsewhere their twins compute."""
-    return logits.is_cuda and logits.dtype != torch.float64
-
-
-def choose_experts(
-    logits: Tensor, top_k: int, *, bias: Tensor | None = None, real: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Find each token's top_k experts by logit or, with a bias, by softmax + bias; among equals the first.
-
-    No gradient.
-
-    Args:
-        logits: [tokens, experts].
-        bias: [experts].
-        real: [tokens] bool, False for padding, which chooses, too, but is in no sum; None = all.
-
-    Returns:
-        experts [tokens, top_k] int64, best first, and sums [parts, experts + 2], to be added up over parts:
-        softmax probabilities of each expert, squares of log-sum-exp, entropies.
-    """
-    if not has_kernel(logits):
-        return choose_experts_by_sort(logits, top_k, bias=bias, real=real)
-    return choose_experts_triton(logits, top_k, bias=bias, real=real)
-
-
-def route(
-    logits: Tensor, experts: Tensor, *, replicas: Tensor | None = None, balance: Balance | None = None
-) -> Tensor:
-    """Softmax probabilities of the chosen experts, each token's divided by their sum.
-
-    Args:
-        logits: [tokens, experts].
-        experts: [tokens, top_k], different ones.
-        replicas: [tokens, top_k], negative where a choice gets weight 0; None = all get theirs.
-        balance: losses whose gradient the logits get as if they had been added to the differentiated loss.
-
-    Returns:
-        [tokens, top_k], at least fp32.
-    """
-    if not has_kernel(logits):
-        return route_by_torch(logits, experts, replicas=replicas, balance=balance)
-    return route_triton(logits, experts, replicas=replicas, balance=balance)
-
-
-def record_choices(
-    record: Record,
-    sums: Tensor,
-    choices: Tensor,
-    dropped: Tensor | None,
-    pooled: Tensor,
-    *,
-    top_k: int,
-    scale: float,
-    so_far: bool,
-) -> tuple[Tensor, Tensor]:
-    """Add a micro-batch to the record: its choices, and aux (as in Balance), z and entropy over pool tokens.
-
-    Args:
-        sums: from `choose_experts`.
-        choices, dropped, pooled: [experts] int64 of the micro-batch; dropped None = 0.
-        so_far: shares are those of all choices in record.pooled, otherwise of this micro-batch.
-
-    Returns:
-        share [experts], each expert's part of the choices, and tokens, a scalar: of the pool; like `sums`.
-    """
-    if not has_kernel(sums):
-        return record_choices_by_torch(
-            record, sums, choices, dropped, pooled, top_k=top_k, scale=scale, so_far=so_far
-        )
-    return record_choices_triton(
-        record, sums, choices, dropped, pooled, top_k=top_k, scale=scale, so_far=so_far
-    )
-
-
 def choose_experts_triton(
     logits: Tensor,
     top_k: int,
@@ -135,6 +61,9 @@ def choose_experts_triton(
     return experts, sums
 
 
+choose_experts = by_device(choose_experts_triton, choose_experts_by_sort)
+
+
 def route_triton(
     logits: Tensor,
     experts: Tensor,
@@ -145,6 +74,9 @@ def route_triton(
 ) -> Tensor:
     """`route` by the kernels."""
     return _Route.apply(logits, experts, replicas, balance, config)
+
+
+route = by_device(route_triton, route_by_torch)
 
 
 def record_choices_triton(
@@ -168,6 +100,9 @@ def record_choices_triton(
         num_warps=8,
     )  # fmt: skip
     return share, tokens
+
+
+record_choices = by_device(record_choices_triton, record_choices_by_torch)
 
 
 @cache

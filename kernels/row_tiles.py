@@ -53,11 +53,6 @@ def choose_backward(size: int, *dtypes: torch.dtype) -> Launch:
     return BACKWARD[0] if held <= SHARED_BYTES else BACKWARD[1]
 
 
-def has_kernel(x: Tensor) -> bool:
-    """Whether the kernels over rows take x; elsewhere their twins compute."""
-    return x.is_cuda and x.dtype != torch.float64
-
-
 def as_rows(x: Tensor) -> Tensor:
     """[..., size] -> [rows, size] of adjacent entries; a copy only if there is no such view."""
     flat = x.reshape(-1, x.shape[-1])

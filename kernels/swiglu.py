@@ -10,28 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.device import by_device
 from kernels.reference import swiglu as swiglu_by_halves
 
 CONFIG = (2, 1024, 8)
 """(BT, BF, warps) of a program, which walks over all columns of its rows."""
 
 
-def swiglu(gate_up: Tensor, scale: Tensor) -> Tensor:
-    """SiLU(gate) * up * scale.
-
-    Args:
-        gate_up: [tokens, 2, ffn], gate first.
-        scale: [tokens] fp32, the router's weight of each row.
-
-    Returns:
-        [tokens, ffn].
-    """
-    return (swiglu_triton if gate_up.is_cuda else swiglu_by_halves)(gate_up, scale)
-
-
 def swiglu_triton(gate_up: Tensor, scale: Tensor) -> Tensor:
     """`swiglu` by the kernel, whatever the device."""
     return _SwiGLU.apply(gate_up, scale)
+
+
+swiglu = by_device(swiglu_triton, swiglu_by_halves)
 
 
 class _SwiGLU(torch.autograd.Function):
