@@ -225,10 +225,7 @@ class Planner:
             source, bucket, _, _ = self._units[i]
             log.warning(
                 "data.sources[%d] (%s), bucket %d: max_epochs=%g is reached; its share goes to others",
-                source,
-                self._cfg.sources[source].name,
-                bucket,
-                self._cfg.sources[source].max_epochs,
-            )
+                source, self._cfg.sources[source].name, bucket, self._cfg.sources[source].max_epochs,
+            )  # fmt: skip
             self._warned.add(i)
         self._deficits.set_shares(shares)

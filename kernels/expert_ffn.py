@@ -124,12 +124,9 @@ def backend_for(x: Tensor, gate_up: Tensor) -> Backend:
     """What `expert_ffn` takes for these."""
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
     backend, reason = choose_backend(
-        x.dtype,
-        x.shape[1],
-        gate_up.shape[2],
-        capability=capability,
+        x.dtype, x.shape[1], gate_up.shape[2], capability=capability,
         has_quack=capability is not None and capability[0] == 9 and has_quack(),
-    )
+    )  # fmt: skip
     announce(log, logging.INFO, f"experts by {backend}: {reason}")
     return backend
 

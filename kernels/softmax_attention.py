@@ -222,14 +222,11 @@ def backend_for(q: Tensor, documents: Documents | None) -> Backend:
     """What `softmax_attention` and, with None too, `attend` take for q [rows, tokens, heads, head_dim]."""
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     backend, reason = choose_backend(
-        q.dtype,
-        q.shape[-1],
-        capability=capability,
+        q.dtype, q.shape[-1], capability=capability,
         has_flash4=capability is not None and capability >= (9, 0) and has_flash4(),
         has_cudnn=torch.backends.cudnn.is_available(),
-        knows_lengths=documents is None or documents.on_host is not None,
-        is_deterministic=_must_repeat(),
-    )
+        knows_lengths=documents is None or documents.on_host is not None, is_deterministic=_must_repeat(),
+    )  # fmt: skip
     is_dear = q.is_cuda and backend is Backend.twin
     cost = ", which takes memory in tokens^2" if is_dear else ""
     level = logging.WARNING if is_dear else logging.INFO

@@ -249,13 +249,9 @@ def decide_replicas_triton(
     counted = count_cells(experts, cells, keys, num_experts)
     exact = exact_factor(factor)
     sharing = Sharing(
-        first=pool.peers.start or 0,
-        rank=pool.rank,
-        num_groups=pool.num_groups,
-        group_size=pool.group_size,
-        numerator=exact.numerator,
-        denominator=exact.denominator,
-    )
+        first=pool.peers.start or 0, rank=pool.rank, num_groups=pool.num_groups, group_size=pool.group_size,
+        numerator=exact.numerator, denominator=exact.denominator,
+    )  # fmt: skip
     admitted = admit_choices(pool.gather(counted.table), counted.starts, sharing)
     replicas = assign_replicas(experts, cells, counted.base, admitted, sharing)
     return Admission(replicas, admitted.choices, admitted.dropped, admitted.pooled)

@@ -191,15 +191,9 @@ class Router(nn.Module):
             if pool.num_groups > 1:
                 self.moved += ((replicas >= 0) & (replicas != group)).sum()
         share, tokens = record_choices(
-            Record(self.load, self.dropped, self.step_choices, self.losses),
-            sums,
-            choices,
-            dropped,
-            pooled,
-            top_k=self.top_k,
-            scale=self._aux_scale,
-            so_far=self.cfg.aux_scope is AuxScope.global_batch,
-        )
+            Record(self.load, self.dropped, self.step_choices, self.losses), sums, choices, dropped, pooled,
+            top_k=self.top_k, scale=self._aux_scale, so_far=self.cfg.aux_scope is AuxScope.global_batch,
+        )  # fmt: skip
         return Decision(experts, replicas, real, share, tokens)
 
     def _force(self, x: Tensor, micro: Micro) -> Tensor:
@@ -222,14 +216,10 @@ class Router(nn.Module):
         """This rank's part of the losses."""
         cfg = self.cfg
         return Balance(
-            decision.real,
-            decision.share,
-            decision.tokens,
-            scale=self._aux_scale,
+            decision.real, decision.share, decision.tokens, scale=self._aux_scale,
             aux_coefficient=cfg.aux_loss_coefficient if cfg.balancing is Balancing.aux_loss else 0.0,
-            z_coefficient=cfg.z_loss_coefficient,
-            weight=micro.loss_weight,
-        )
+            z_coefficient=cfg.z_loss_coefficient, weight=micro.loss_weight,
+        )  # fmt: skip
 
     def _jitter(self, x: Tensor, micro: Micro) -> Tensor:
         """Factors of [rows, tokens, hidden], by seed, micro-batch, layer, place in the pool and entry."""

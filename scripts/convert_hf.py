@@ -58,13 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             import_model(args.hf, args.output, shard_bytes=args.shard_bytes)
         else:
             export_model(
-                args.checkpoint,
-                args.output,
-                layout=Layout(args.layout),
-                dtype=NAMED_DTYPES.get(args.dtype),
-                tokenizer=args.tokenizer,
-                shard_bytes=args.shard_bytes,
-            )
+                args.checkpoint, args.output, layout=Layout(args.layout),
+                dtype=NAMED_DTYPES.get(args.dtype), tokenizer=args.tokenizer, shard_bytes=args.shard_bytes,
+            )  # fmt: skip
     except (ConversionError, CheckpointError, OSError) as error:
         print(f"convert_hf: error: {error}", file=sys.stderr)
         return 2

@@ -60,12 +60,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--depths", type=int, default=5, metavar="N", help="evenly spaced depths (default: %(default)s)")
     add("--samples", type=int, default=16, metavar="N", help="questions a cell (default: %(default)s)")
     add(
-        "--distractors",
-        type=int,
-        default=3,
-        metavar="N",
+        "--distractors", type=int, default=3, metavar="N",
         help="facts about other keys (default: %(default)s)",
-    )
+    )  # fmt: skip
     add("--haystack", type=Path, metavar="FILE", help="one sentence a line (default: ten built in)")
     add("--tokenizer", type=Path, metavar="FILE_OR_FOLDER", help="default: the checkpoint's, else its data's")
     add("--seed", type=int, default=0, help="of the questions (default: %(default)s)")

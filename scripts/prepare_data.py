@@ -171,17 +171,11 @@ def tokenize_texts(texts: "Dataset", tokenizer: "Tokenizer", eos: int, workers: 
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's threads do not survive the fork
     new = Features({"tokens": List(Value("int32")), "bytes": Value("int64")})
     return texts.map(
-        columns,
-        batched=True,
-        batch_size=100,
-        writer_batch_size=100,
-        remove_columns=["text"],
+        columns, batched=True, batch_size=100, writer_batch_size=100, remove_columns=["text"],
         features=Features({"file": texts.features["file"], "line": texts.features["line"], **new}),
-        num_proc=workers if workers > 1 else None,
-        cache_file_name=f"{cache}/tokens.arrow",
-        new_fingerprint="tokens",
-        desc="tokenizing",
-    )
+        num_proc=workers if workers > 1 else None, cache_file_name=f"{cache}/tokens.arrow",
+        new_fingerprint="tokens", desc="tokenizing",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

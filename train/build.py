@@ -138,25 +138,13 @@ def build_run(
     if cfg.checkpoint.mode is SaveMode["async"] and cfg.checkpoint.every is not None:
         saver.reserve(own_boxes(shards, optimizer, biases, mesh))
     return Run(
-        stages=stages,
-        stage=stage,
-        mesh=mesh,
-        parts=parts,
-        engine=build_engine(parts, cfg, mesh),
-        shards=shards,
-        optimizer=optimizer,
-        loader=loader,
-        held_out=held_out,
-        biases=biases,
-        progress=progress,
-        health=health,
+        stages=stages, stage=stage, mesh=mesh, parts=parts, engine=build_engine(parts, cfg, mesh),
+        shards=shards, optimizer=optimizer, loader=loader, held_out=held_out, biases=biases,
+        progress=progress, health=health,
         guard=StateGuard(shards, optimizer, biases, mesh, every=cfg.health.hash_every),
-        clock=SectionClock(watches=cfg.health.slow_score is not None),
-        stop=stop,
-        watchdog=watchdog,
-        metrics=build_metrics(stages, cfg, progress.step, console) if mesh.rank == 0 else None,
-        saver=saver,
-    )
+        clock=SectionClock(watches=cfg.health.slow_score is not None), stop=stop, watchdog=watchdog,
+        metrics=build_metrics(stages, cfg, progress.step, console) if mesh.rank == 0 else None, saver=saver,
+    )  # fmt: skip
 
 
 def load_start(
@@ -200,15 +188,9 @@ def build_model(cfg: RunConfig, mesh: Mesh) -> tuple[list[Transformer], list[Sha
     log.info("model: %s parameters, %s active a token", f"{count.total:,}", f"{count.active:,}")
     parts = build_parts(cfg.model, cfg.parallel, mesh, row_tokens=cfg.batch.row_tokens, router=cfg.router)
     shards = parallelize(
-        parts,
-        mesh,
-        cfg.parallel,
-        dtype=DTYPES[cfg.train.dtype],
-        seed=cfg.seed,
-        recompute=cfg.train.recompute,
-        offload=cfg.optimizer.offload,
-        overlap_groups=cfg.moe.overlap_groups,
-    )
+        parts, mesh, cfg.parallel, dtype=DTYPES[cfg.train.dtype], seed=cfg.seed,
+        recompute=cfg.train.recompute, offload=cfg.optimizer.offload, overlap_groups=cfg.moe.overlap_groups,
+    )  # fmt: skip
     return parts, shards
 
 
@@ -219,14 +201,9 @@ def build_engine(parts: list[Transformer], cfg: RunConfig, mesh: Mesh) -> Single
     if cfg.parallel.zero_stage == 2:
         log.info("parallel.zero_stage=2 works as 1 with pp > 1: a pipeline reduces gradients once a step")
     return Pipeline(
-        parts,
-        mesh,
-        cfg.parallel.schedule,
-        num_micro=cfg.num_micro_batches(mesh.dp.size),
-        micro_rows=cfg.batch.micro_rows,
-        row_tokens=cfg.batch.row_tokens,
-        dtype=DTYPES[cfg.train.dtype],
-    )
+        parts, mesh, cfg.parallel.schedule, num_micro=cfg.num_micro_batches(mesh.dp.size),
+        micro_rows=cfg.batch.micro_rows, row_tokens=cfg.batch.row_tokens, dtype=DTYPES[cfg.train.dtype],
+    )  # fmt: skip
 
 
 def enter_stage(run: Run, stage: Stage) -> None:

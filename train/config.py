@@ -180,14 +180,9 @@ class RunConfig:
             )
         with user_errors():
             check_layout(
-                self.model,
-                self.parallel,
-                self.train.recompute,
-                dp=dp,
-                edp=edp,
-                row_tokens=self.batch.row_tokens,
-                num_micro=self.num_micro_batches(dp),
-            )
+                self.model, self.parallel, self.train.recompute, dp=dp, edp=edp,
+                row_tokens=self.batch.row_tokens, num_micro=self.num_micro_batches(dp),
+            )  # fmt: skip
         if self.eval.every is not None and self.eval.rows % rows:
             nearest = -(-self.eval.rows // rows) * rows
             raise ConfigError(

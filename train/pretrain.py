@@ -91,11 +91,9 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
         if start.resumed is not None:
             judge_changes(start.resumed, stages, cfg.checkpoint.allow_changes, world_size=world.size)
         mesh = init_mesh(
-            stage.cfg.parallel,
-            device,
-            pool_groups=stage.cfg.pool_groups(world.size),
+            stage.cfg.parallel, device, pool_groups=stage.cfg.pool_groups(world.size),
             overlaps=cfg.moe.overlap_groups > 1,
-        )
+        )  # fmt: skip
         if leader:
             clear_sentinels(run_dir)
             (run_dir / "config.yaml").write_text(resolved, encoding="utf-8")

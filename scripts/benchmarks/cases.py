@@ -145,12 +145,9 @@ def _lightning(s: Sizes, draw: _Draw, lengths: list[int], heads: int) -> Case:
     suffix = f" in {len(lengths)} docs" if len(lengths) > 1 else ""
     rows = tokens * heads * d  # each token of a head, times its width
     return Case(
-        "lightning",
-        f"lightning {heads} x {d}, {_k(tokens)}{suffix}",
-        Work(rows * (4 * d + 4 * chunk), rows * 8),
-        Work(rows * (10 * d + 10 * chunk), rows * 14),
-        build,
-    )
+        "lightning", f"lightning {heads} x {d}, {_k(tokens)}{suffix}",
+        Work(rows * (4 * d + 4 * chunk), rows * 8), Work(rows * (10 * d + 10 * chunk), rows * 14), build,
+    )  # fmt: skip
 
 
 def _experts(s: Sizes, draw: _Draw) -> list[Case]:

@@ -117,12 +117,10 @@ class SimulatedPool(StagePool):
     def __init__(self, settings: PoolSettings, rank: int, num_groups: int, tables: list[Tensor]) -> None:
         every_rank = tuple(range(settings.ranks))
         mesh = replace(
-            one_process(torch.device("cpu")),
-            stage=Axis("stage", rank, every_rank),
-            dp=Axis("dp", rank, every_rank),
-            ep=Axis("ep", rank % settings.ep, every_rank[: settings.ep]),
+            one_process(torch.device("cpu")), stage=Axis("stage", rank, every_rank),
+            dp=Axis("dp", rank, every_rank), ep=Axis("ep", rank % settings.ep, every_rank[: settings.ep]),
             exchange=Axis("exchange", 0, every_rank[: num_groups * settings.ep]),
-        )
+        )  # fmt: skip
         super().__init__(mesh)
         self.tables = tables
 

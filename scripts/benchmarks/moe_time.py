@@ -141,14 +141,10 @@ def time_layer(
     admitted = int((moe.router.load - moe.router.dropped).sum())
     flops = 3 * admitted * 2 * 3 * s.hidden * s.ffn  # backward is two products for each of the forward's
     return Time(
-        capacity_factor=factor,
-        skew=skew,
-        admitted=admitted,
-        layer_ms=clock(layer, s.repeats),
+        capacity_factor=factor, skew=skew, admitted=admitted, layer_ms=clock(layer, s.repeats),
         decision_ms=[] if factor is None else clock(_decision(s, factor, moe, x.detach()), s.repeats),
-        floor_ms=flops / FLOOR_TFLOPS / 1e9,
-        dense_ms=clock(_dense(s, admitted, device), s.repeats),
-    )
+        floor_ms=flops / FLOOR_TFLOPS / 1e9, dense_ms=clock(_dense(s, admitted, device), s.repeats),
+    )  # fmt: skip
 
 
 def _decision(settings: LayerSettings, factor: float, moe: MoE, x: Tensor) -> Callable[[], object]:

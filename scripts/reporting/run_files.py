@@ -61,14 +61,10 @@ def read_run(run_dir: Path) -> RunRecord:
         raise ValueError(f"{experts}: the shape of load changes between lines; one file must hold one run")
     text = config.read_text(encoding="utf-8") if config.is_file() else f"{config} does not exist"
     return RunRecord(
-        name=run_dir.resolve().name,
-        metrics=rows,
-        experts=loads,
-        ending=read_ending(run_dir),
-        torn=[path.name for path, found in ((metrics, torn), (experts, torn_loads)) if found],
-        config=text,
+        name=run_dir.resolve().name, metrics=rows, experts=loads, ending=read_ending(run_dir),
+        torn=[path.name for path, found in ((metrics, torn), (experts, torn_loads)) if found], config=text,
         alerts=alerts_of(rows, loads, text),
-    )
+    )  # fmt: skip
 
 
 def read_jsonl(path: Path, parse: Callable[[Any], Parsed]) -> tuple[list[Parsed], bool]:

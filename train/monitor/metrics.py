@@ -216,11 +216,6 @@ class Throughput:
 
 def _progress_bar(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"), TimeRemainingColumn(), console=console, transient=True,
+    )  # fmt: skip

@@ -54,15 +54,10 @@ class Dashboard:
             import wandb
 
             self.run = wandb.init(
-                project=cfg.project,
-                name=name,
-                id=_wandb_id(run_dir),
-                resume="allow",
-                dir=str(run_dir),
-                mode=cast(Any, cfg.mode.value),
-                config=dict(config),
+                project=cfg.project, name=name, id=_wandb_id(run_dir), resume="allow", dir=str(run_dir),
+                mode=cast(Any, cfg.mode.value), config=dict(config),
                 settings=wandb.Settings(init_timeout=60, console="off"),
-            )
+            )  # fmt: skip
             # Tokens compare runs of different batches; step is a choice away in wandb. An exact name wins
             # over a pattern, so the axes themselves stay without one.
             for axis in ("train/tokens", "train/step"):
