@@ -9,9 +9,10 @@ PIP := .venv/bin/pip install --quiet --disable-pip-version-check
 # Of the demo: `make demo STEPS=300` trains longer.
 STEPS := 100
 export HF_HUB_OFFLINE := 1
+export NO_MKDOCS_2_WARNING := 1
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-faults test-slurm test-all lint format clean
+.PHONY: demo test test-faults test-slurm test-all docs lint format clean
 .DELETE_ON_ERROR:
 
 demo: .venv/runtime corpus/python.json
@@ -22,7 +23,7 @@ demo: .venv/runtime corpus/python.json
 	.venv/bin/python scripts/report.py $$run
 
 # Two files of tests at a time, as many start processes of their own; the long ones first (tests/conftest.py).
-test: .venv/test corpus/python.json
+test: .venv/docs corpus/python.json
 	.venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Real processes that are killed, stopped and starved, one test after the other.
@@ -42,6 +43,11 @@ test-slurm: .venv/test
 
 test-all: .venv/lm-eval corpus/python.json
 	.venv/bin/python -m pytest -q -m "not slurm"
+
+# The documentation as a site; a link that leads nowhere is an error.
+docs: .venv/docs
+	.venv/bin/mkdocs build --quiet --strict
+	@echo "open site/index.html"
 
 lint: .venv/test
 	.venv/bin/ruff check .
@@ -70,10 +76,15 @@ corpus/python.json: | .venv/runtime
 	@$(PIP) -r requirements/test.lock
 	@touch $@
 
-.venv/lm-eval: .venv/test requirements/lm-eval.lock
+.venv/docs: .venv/test requirements/docs.lock
+	@echo "installing requirements/docs.lock"
+	@$(PIP) -r requirements/docs.lock
+	@touch $@
+
+.venv/lm-eval: .venv/docs requirements/lm-eval.lock
 	@echo "installing requirements/lm-eval.lock"
 	@$(PIP) -r requirements/lm-eval.lock
 	@touch $@
 
 clean:
-	rm -rf .venv corpus .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv corpus site .pytest_cache .mypy_cache .ruff_cache

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,10 @@ from train.curriculum_stages import build_stages, validate_stages
 NEEDS = {"gpu", "network", "slurm"}
 DOCUMENTS = [ROOT / "README.md", ROOT / "docs/guides/getting-started.md"]  # what the others begin with
 DOCUMENTS += sorted(set((ROOT / "docs").rglob("*.md")) - set(DOCUMENTS))
+PAGES = [*DOCUMENTS, ROOT / "CONTRIBUTING.md"]
+TOP = "(?:conf|data|docs|kernels|model|parallel|requirements|scripts|tests|train)"
+FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
+UNESCAPED_BAR = re.compile(r"(?<!\\)\|")
 BLOCK = re.compile(r"((?:^<!-- \w+: [^\n]* -->\n)*)^```(\w*)\n(.*?)^```$", re.M | re.S)
 COMMENT = re.compile(r"<!-- (\w+): (.*) -->")
 REMARK = re.compile(r"\s+# .*")
@@ -137,6 +142,55 @@ def test_no_command_stands_in_a_block_that_is_not_run() -> None:
         for block in blocks(document.read_text(encoding="utf-8")):
             commands = re.findall(r"^(?:\S*/)?(?:python|torchrun|make|sbatch|pip) .*", block.commands, re.M)
             assert block.language or not commands, f"{document.name}: ```bash is missing: {commands[0]}"
+
+
+def test_links_and_tables_of_every_page() -> None:
+    """What `mkdocs build --strict` does not see: links out of docs/, and tables too wide to read."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        prose = FENCED.sub("", text)
+        for target, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)", prose):
+            path = page.parent / target if target else page
+            assert path.exists(), f"{page.name}: no {target}"
+            if anchor:
+                assert anchor in anchors(path.read_text(encoding="utf-8")), f"{page.name}: {target}#{anchor}"
+        for line in prose.splitlines():
+            assert not line.startswith("|") or len(UNESCAPED_BAR.split(line)) <= 7, f"{page.name}: {line}"
+
+
+def anchors(text: str) -> set[str]:
+    """What headings become in a link."""
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", text), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_paths_in_backticks_exist() -> None:
+    for page in PAGES:
+        prose = FENCED.sub("", page.read_text(encoding="utf-8"))
+        for name in re.findall(rf"`({TOP}/[\w./-]+)(?:::\w+)?`", prose):
+            assert "NAME" in name or (ROOT / name).exists(), f"{page.name}: no {name}"
+
+
+def test_the_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_bytes()
+    assert len(text) <= 9 * 1024
+    assert text.count(b"\n") <= 130
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    """A missing page, or a link or anchor that leads nowhere, is an error. Nothing is loaded from outside."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert {page.relative_to(tmp_path).with_suffix(".md") for page in pages} >= {
+        page.relative_to(ROOT / "docs") for page in PAGES if page.is_relative_to(ROOT / "docs")
+    }
+    for page in pages:
+        loaded = re.findall(
+            r"<(?:script|img|link rel=\"stylesheet\")[^>]*\bhttps?://", page.read_text("utf-8")
+        )
+        assert not loaded, f"{page.name}: {loaded}"
 
 
 @pytest.mark.parametrize(
