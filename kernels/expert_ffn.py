@@ -6,6 +6,7 @@ kept with gate and up in turns, [choices, ffn, 2], which is how they meet in one
 
 import importlib
 import logging
+from collections.abc import Callable
 from enum import StrEnum
 from functools import cache, partial
 from types import ModuleType
@@ -54,12 +55,14 @@ D_GATE_UP_WEIGHT = Tile(192, 128, True, (1, 2))
 D_DOWN_WEIGHT = Tile(256, 128, False, (2, 1))
 
 
-Masters = tuple[Tensor, Tensor] | None
-"""Of gate_up and down, fp32: backward may add to their `.grad` what it would otherwise return."""
+MasterGrad = Callable[[], tuple[Tensor, bool]]
+"""Returns the fp32 gradient of a weight's master to write into, and whether to add to what it holds."""
+MasterGrads = tuple[MasterGrad, MasterGrad] | None
+"""Of gate_up and down: where backward may put what it would otherwise return."""
 
 
 def expert_ffn(
-    x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor, ends: Tensor, masters: Masters = None
+    x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor, ends: Tensor, master_grads: MasterGrads = None
 ) -> Tensor:
     """down(SiLU(gate x) * up x * scale) by each row's expert; expert e owns the rows up to ends[e].
 
@@ -69,12 +72,12 @@ def expert_ffn(
         down: [experts, hidden, ffn].
         scale: [choices] fp32, the router's weight of each row.
         ends: [experts] int32, cumulative.
-        masters: only with a backward pass that runs once and as a whole.
+        master_grads: only with a backward pass that runs once and as a whole.
 
     Returns:
         [choices, hidden].
     """
-    return expert_ffn_by(backend_for(x, gate_up), x, gate_up, down, scale, ends, masters)
+    return expert_ffn_by(backend_for(x, gate_up), x, gate_up, down, scale, ends, master_grads)
 
 
 def expert_ffn_by(
@@ -84,11 +87,11 @@ def expert_ffn_by(
     down: Tensor,
     scale: Tensor,
     ends: Tensor,
-    masters: Masters = None,
+    master_grads: MasterGrads = None,
 ) -> Tensor:
     """`expert_ffn` by one of the backends."""
     if backend is Backend.quack and x.numel():
-        return _FusedExperts.apply(x, gate_up, down, scale, ends, masters)
+        return _FusedExperts.apply(x, gate_up, down, scale, ends, master_grads)
     inner = grouped_gemm(x, gate_up.flatten(1, 2), ends)
     return grouped_gemm(swiglu(inner.unflatten(-1, (2, -1)), scale), down, ends)
 
@@ -156,7 +159,13 @@ class _FusedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor, ends: Tensor, masters: Masters
+        ctx: Any,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        scale: Tensor,
+        ends: Tensor,
+        master_grads: MasterGrads,
     ) -> Tensor:
         x, scale, starts = x.contiguous(), scale.contiguous(), pad(ends, (1, 0))
         scale = scale.clone() if scale.data_ptr() % 16 else scale  # part of a longer one, perhaps
@@ -167,7 +176,7 @@ class _FusedExperts(torch.autograd.Function):
             config=_config(GATE_UP), cu_seqlens_m=starts, concat_layout=("B",),
         )  # fmt: skip
         ctx.save_for_backward(x, gate_up, down, scale, starts, both)
-        ctx.masters = masters or (None, None)
+        ctx.master_grads = master_grads or (None, None)
         return _gemm(DOWN, inner, down.mT, torch.empty_like(x), cu_seqlens_m=starts)
 
     @staticmethod
@@ -179,7 +188,7 @@ class _FusedExperts(torch.autograd.Function):
             cu_seqlens_m=starts, dynamic_scheduler=False, tuned=False, config=_config(D_GATE_UP),
         )  # fmt: skip
         d_x = _gemm(D_X, d_both, weight, torch.empty_like(x), cu_seqlens_m=starts, concat_layout=("B",))
-        first, second = ctx.masters
+        first, second = ctx.master_grads
         d_gate_up = _weight_gradient(
             D_GATE_UP_WEIGHT, d_both.mT, x, gate_up, first, cu_seqlens_k=starts, concat_layout=("out",)
         )
@@ -188,18 +197,12 @@ class _FusedExperts(torch.autograd.Function):
 
 
 def _weight_gradient(
-    tile: Tile, a: Tensor, b: Tensor, weight: Tensor, master: Tensor | None, **groups: Any
+    tile: Tile, a: Tensor, b: Tensor, weight: Tensor, master_grad: MasterGrad | None, **groups: Any
 ) -> Tensor | None:
     """a b for each expert, like the weight; None if it went into the master's gradient, unrounded."""
-    if master is None:
-        grad, adds = torch.empty_like(weight), False
-    else:
-        adds = master.grad is not None
-        if master.grad is None:
-            master.grad = torch.empty_like(master)
-        grad = master.grad
+    grad, adds = (torch.empty_like(weight), False) if master_grad is None else master_grad()
     _gemm(tile, a, b, grad.view(len(grad), -1, grad.shape[-1]), add_to_output=adds, **groups)
-    return grad if master is None else None
+    return grad if master_grad is None else None
 
 
 def _gemm(tile: Tile, a: Tensor, b: Tensor, out: Tensor, **groups: Any) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from kernels.expert_ffn import Masters, expert_ffn
+from kernels.expert_ffn import MasterGrads, expert_ffn
 from kernels.permute import permute, sort_choices, unpermute
 from model.config import ModelConfig, RouterConfig
 from model.router import Micro, Router, Routing
@@ -54,14 +54,15 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(cfg.num_experts, 2, cfg.expert_ffn_size, cfg.hidden_size))
         self.down = nn.Parameter(torch.empty(cfg.num_experts, cfg.hidden_size, cfg.expert_ffn_size))
-        self.masters: Masters = None
+        self.master_grads: MasterGrads = None
+        """Of gate_up and down, where a parallel form keeps fp32 masters."""
 
     def forward(self, x: Tensor, routing: Routing, dispatcher: Dispatcher) -> Tensor:
         """[tokens, hidden] -> the same; one call however often the dispatcher computes, as FSDP2 needs it."""
         return dispatcher(x, routing, self._compute)
 
     def _compute(self, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        return expert_ffn(x, self.gate_up, self.down, weights, ends, self.masters)
+        return expert_ffn(x, self.gate_up, self.down, weights, ends, self.master_grads)
 
 
 class MoE(nn.Module):

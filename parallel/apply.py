@@ -11,13 +11,14 @@ from model.transformer import Transformer
 from parallel.config import SPLIT_BACKWARD, Offload, ParallelConfig, Recompute, num_stages, stages_of
 from parallel.context import apply_context
 from parallel.expert import apply_expert
+from parallel.gradients import Gradients
 from parallel.mesh import Mesh
 from parallel.pipeline import split_layers
 from parallel.placement import Shard, local_shards, publish
 from parallel.pool import StagePool
 from parallel.recompute import apply_recompute
 from parallel.tensor import apply_tensor
-from parallel.zero import accumulate_in_gemms, apply_zero, copy_for_compute, materialize
+from parallel.zero import apply_zero, copy_for_compute, materialize
 
 
 def build_parts(
@@ -50,7 +51,7 @@ def parallelize(
     recompute: Recompute = Recompute.none,
     offload: Offload = Offload.none,
     overlap_groups: int = 1,
-) -> list[Shard]:
+) -> tuple[list[Shard], Gradients]:
     """Spread this rank's stages, on the meta device, over the mesh and give them their initial weights.
 
     Args:
@@ -61,7 +62,7 @@ def parallelize(
         overlap_groups: groups of tokens whose way to the experts overlaps.
 
     Returns:
-        This rank's part of every parameter of its stages.
+        This rank's part of every parameter of its stages, and where their gradients meet.
     """
     shards, pool = [], StagePool(mesh)
     for model in parts:
@@ -79,7 +80,8 @@ def parallelize(
         where = {"shape": shard.shape, "offset": shard.offset}
         init_slice(shard.master, shard.name, cfg=parts[0].cfg, seed=seed, **where)
     copy_for_compute(shards, mesh.device, dtype)
+    gradients = Gradients(shards, mesh.tp)
     if cfg.schedule not in SPLIT_BACKWARD:
-        accumulate_in_gemms(parts, shards)
+        gradients.add_in_gemms(parts)
     publish(shards)
-    return shards
+    return shards, gradients

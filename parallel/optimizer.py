@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.adamw import Hyperparameters, Moving, adamw
 from parallel.config import Offload
-from parallel.grad import scale_gradients
+from parallel.gradients import Gradients
 from parallel.placement import Shard, publish
 from parallel.zero import build_cpu_adam
 
@@ -115,16 +115,16 @@ def build_optimizer(shards: Sequence[Shard], cfg: OptimizerConfig) -> torch.opti
     return optimizer
 
 
-def clipped_step(optimizer: torch.optim.Optimizer, shards: Sequence[Shard], clip: Tensor) -> None:
+def clipped_step(optimizer: torch.optim.Optimizer, gradients: Gradients, clip: Tensor) -> None:
     """One step on the gradients times `clip`, an fp64 scalar; the model computes with the new values."""
     if isinstance(optimizer, FusedAdamW):
         optimizer.step(clip=clip.float())
         return
     factor = clip.item()
     if factor != 1:
-        scale_gradients(shards, factor)
+        gradients.scale(factor)
     optimizer.step()
-    publish(shards)
+    publish(gradients.shards)
 
 
 def _why_not_apex(device: torch.device) -> str | None:

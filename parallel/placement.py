@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from parallel.collectives import Axis, all_gather, all_reduce_sum
+from parallel.collectives import Axis
 
 
 @dataclass(frozen=True)
@@ -73,44 +73,6 @@ def local_shards(model: nn.Module, placements: Mapping[str, Placement], tp: Axis
         is_first = tp.rank % placement.share == 0
         shards.append(Shard(name, placement.shape, offset, placement.share, is_first, parameter, master))
     return shards
-
-
-def collect_gradients(shards: Sequence[Shard], tp: Axis) -> None:
-    """Hand each master its parameter's gradient, summed over the tp ranks that share the parameter."""
-    for shard in shards:
-        grad = shard.parameter.grad
-        if not shard.is_copied:
-            shard.master.grad = grad.to_local() if isinstance(grad, DTensor) else grad
-        elif grad is not None:  # split backward passes do not run the hook that filled the master's
-            add_gradient(shard.master, grad)
-    for share in {shard.share for shard in shards} - {1}:
-        _sum_shared([shard for shard in shards if shard.share == share], share, tp)
-
-
-def add_gradient(master: Tensor, grad: Tensor) -> None:
-    """Add a gradient, perhaps rounded or on another device, to the master's in fp32."""
-    if master.grad is None:
-        master.grad = grad.to(master.device, torch.float32)
-    else:
-        master.grad += grad.to(master.device)  # widened as it is read, not by a copy
-
-
-def _sum_shared(shards: Sequence[Shard], share: int, tp: Axis) -> None:
-    """Sum gradients over each `share` consecutive tp ranks, all of them in one collective."""
-    grads = [shard.master.grad for shard in shards if shard.master.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    if share == tp.size:
-        flat = all_reduce_sum(flat, tp)
-    else:
-        flat = all_gather(flat[None], tp).view(-1, share, flat.numel())[tp.rank // share].sum(0)
-    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(part.view_as(grad))
-
-
-def drop_gradients(shards: Sequence[Shard]) -> None:
-    """Free all gradients."""
-    for shard in shards:
-        shard.parameter.grad = shard.master.grad = None
 
 
 def publish(shards: Sequence[Shard]) -> None:

@@ -5,11 +5,11 @@ The loss is divided by the global batch's target tokens, so every gradient is a 
 
 import dataclasses
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as DimShard
@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard as DimShard
 from model.transformer import Block, Transformer
 from parallel.config import Offload
 from parallel.mesh import Mesh
-from parallel.placement import Shard, add_gradient
+from parallel.placement import Shard
 
 
 def apply_zero(
@@ -94,34 +94,12 @@ def materialize(model: Transformer, mesh: Mesh, offload: Offload) -> None:
 
 
 def copy_for_compute(shards: list[Shard], device: torch.device, dtype: torch.dtype) -> None:
-    """Let parameters that FSDP2 does not hold compute in `dtype` (router gates: fp32) beside fp32 masters.
-
-    A hook adds each micro-batch's gradient to the master's fp32 one and frees it, as FSDP2 does.
-    """
+    """Let parameters that FSDP2 does not hold compute in `dtype` (router gates: fp32) beside fp32 masters."""
     for shard in shards:
         target = torch.float32 if ".router.gate." in shard.name else dtype
         is_same = target == torch.float32 and shard.master.device.type == device.type
-        if isinstance(shard.parameter, DTensor) or is_same:
-            continue
-        shard.parameter.data = shard.master.to(device, target)
-        shard.parameter.register_post_accumulate_grad_hook(_accumulate_into(shard.master))
-
-
-def accumulate_in_gemms(parts: Sequence[Transformer], shards: list[Shard]) -> None:
-    """Let the experts' GEMMs add to the gradients of fp32 masters, where FSDP2 does not hold them."""
-    masters = {s.parameter: s.master for s in shards if s.is_copied and s.master.device == s.parameter.device}
-    for experts in (block.moe.experts for model in parts for block in _blocks(model)):
-        if experts.gate_up in masters:
-            experts.masters = masters[experts.gate_up], masters[experts.down]
-
-
-def _accumulate_into(master: Tensor) -> Callable[[Tensor], None]:
-    def add(parameter: Tensor) -> None:
-        if parameter.grad is not None:  # None: its GEMM has added it (`accumulate_in_gemms`)
-            add_gradient(master, parameter.grad)
-            parameter.grad = None
-
-    return add
+        if not isinstance(shard.parameter, DTensor) and not is_same:
+            shard.parameter.data = shard.master.to(device, target)
 
 
 def build_cpu_adam(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:

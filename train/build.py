@@ -18,6 +18,7 @@ from model.router import Router
 from model.transformer import Transformer
 from parallel.apply import build_parts, parallelize
 from parallel.collectives import Axis
+from parallel.gradients import Gradients
 from parallel.launch import launcher_grace_s
 from parallel.mesh import Mesh
 from parallel.optimizer import build_optimizer
@@ -56,6 +57,8 @@ class Run:
     """Runs forward and backward over the micro-batches."""
     shards: list[Shard]
     """This rank's part of every parameter."""
+    gradients: Gradients
+    """Where the gradients of all shards meet."""
     optimizer: torch.optim.Optimizer
     loader: Prefetcher
     held_out: Callable[[RunConfig], list[Batch]]
@@ -125,7 +128,7 @@ def build_run(
             health.begin_level()
     if mesh.rank == 0 and cfg.checkpoint.resume is Resume.never:
         set_results_aside(Path(cfg.run_dir))
-    parts, shards = build_model(cfg, mesh)
+    parts, shards, gradients = build_model(cfg, mesh)
     optimizer = build_optimizer(shards, cfg.optimizer)
     biases = router_biases(parts)
     load_start(start, shards=shards, optimizer=optimizer, biases=biases, world=mesh.world)
@@ -139,8 +142,8 @@ def build_run(
         saver.reserve(own_boxes(shards, optimizer, biases, mesh))
     return Run(
         stages=stages, stage=stage, mesh=mesh, parts=parts, engine=build_engine(parts, cfg, mesh),
-        shards=shards, optimizer=optimizer, loader=loader, held_out=held_out, biases=biases,
-        progress=progress, health=health,
+        shards=shards, gradients=gradients, optimizer=optimizer, loader=loader, held_out=held_out,
+        biases=biases, progress=progress, health=health,
         guard=StateGuard(shards, optimizer, biases, mesh, every=cfg.health.hash_every),
         clock=SectionClock(watches=cfg.health.slow_score is not None), stop=stop, watchdog=watchdog,
         metrics=build_metrics(stages, cfg, progress.step, console) if mesh.rank == 0 else None, saver=saver,
@@ -182,16 +185,16 @@ def build_metrics(stages: list[Stage], cfg: RunConfig, step: int, console: Conso
     return metrics
 
 
-def build_model(cfg: RunConfig, mesh: Mesh) -> tuple[list[Transformer], list[Shard]]:
-    """This rank's pipeline stages with their initial weights, and its part of every parameter."""
+def build_model(cfg: RunConfig, mesh: Mesh) -> tuple[list[Transformer], list[Shard], Gradients]:
+    """This rank's pipeline stages with initial weights, its part of every parameter, and their gradients."""
     count = count_parameters(cfg.model)
     log.info("model: %s parameters, %s active a token", f"{count.total:,}", f"{count.active:,}")
     parts = build_parts(cfg.model, cfg.parallel, mesh, row_tokens=cfg.batch.row_tokens, router=cfg.router)
-    shards = parallelize(
+    shards, gradients = parallelize(
         parts, mesh, cfg.parallel, dtype=DTYPES[cfg.train.dtype], seed=cfg.seed,
         recompute=cfg.train.recompute, offload=cfg.optimizer.offload, overlap_groups=cfg.moe.overlap_groups,
     )  # fmt: skip
-    return parts, shards
+    return parts, shards, gradients
 
 
 def build_engine(parts: list[Transformer], cfg: RunConfig, mesh: Mesh) -> SingleStage | Pipeline:

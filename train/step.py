@@ -12,10 +12,9 @@ from data.config import Packing
 from data.packing import Batch
 from parallel.collectives import all_reduce_sum
 from parallel.context import zigzag
-from parallel.grad import clip_factor, square_sum
+from parallel.gradients import clip_factor
 from parallel.optimizer import clipped_step, set_lr
 from parallel.pipeline import MicroBatch
-from parallel.placement import collect_gradients, drop_gradients
 from train.build import Run
 from train.guard.integrity import digests, some
 from train.guard.spikes import Rerun, Verdict, find_non_finite
@@ -65,12 +64,12 @@ def train_step(run: Run, batches: Sequence[Batch]) -> StepResult:
         set_lr(run.optimizer, lr)
         max_norm = min(cfg.optimizer.max_grad_norm, verdict.norm_limit)
         with run.clock.section(Section.optimizer):
-            clipped_step(run.optimizer, run.shards, clip_factor(sums[1], max_norm))
+            clipped_step(run.optimizer, run.gradients, clip_factor(sums[1], max_norm))
         for router in run.routers:
             router.end_step()
     elif not math.isfinite(loss_sum + grad_norm):
         warn_of_source(run, batches, loss_sum)
-    drop_gradients(run.shards)
+    run.gradients.drop()
     return StepResult(loss_sum, grad_norm, lr, verdict, stops > 0)
 
 
@@ -86,8 +85,8 @@ def compute_gradients(run: Run, batches: Sequence[Batch]) -> torch.Tensor:
     with run.clock.section(Section.compute):
         loss = run.engine.forward_backward(local_batches(run, batches), targets, loss_weight)
     loss /= run.mesh.tp.size  # every tp rank has the same losses
-    collect_gradients(run.shards, run.mesh.tp)
-    squares = square_sum(run.shards).to(run.mesh.device)
+    run.gradients.collect()
+    squares = run.gradients.square_sum().to(run.mesh.device)
     notes = [squares.new_tensor(run.stop.is_set), run.guard.damage(run.progress.optimizer_steps)]
     return all_reduce_sum(torch.stack([loss, squares, *notes]), run.mesh.world)
 
@@ -101,7 +100,7 @@ def compute_again(
         before: what the routers had counted.
     """
     names, first = hash_step(run)
-    drop_gradients(run.shards)
+    run.gradients.drop()
     for buffer, value in before.items():
         buffer.copy_(value)
     sums = compute_gradients(run, batches)

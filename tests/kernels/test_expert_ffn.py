@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.expert_ffn import Backend, choose_backend, expert_ffn, expert_ffn_by, has_quack
 from kernels.optional import announce
 from kernels.reference import expert_ffn as expert_ffn_by_expert
+from parallel.gradients import Gradients
 from tests.support.kernel_checks import (
     DEVICE,
     DTYPES,
@@ -69,8 +70,9 @@ def test_weight_gradients_are_added_to_those_of_the_masters(ends: list[int]) -> 
 
     def add_up() -> list[Tensor]:
         masters = [x.detach().float() for x in weights]
+        buffers = [partial(Gradients.buffer, master) for master in masters]
         for grad in upstream:
-            expert_ffn_by(Backend.quack, *narrow, masters=tuple(masters)).backward(grad)
+            expert_ffn_by(Backend.quack, *narrow, master_grads=tuple(buffers)).backward(grad)
         assert all(weight.grad is None for weight in weights)
         return [master.grad for master in masters]
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from model.config import ModelConfig, RouterConfig
 from parallel.config import ParallelConfig, Schedule
-from parallel.grad import square_sum
 from parallel.mesh import init_mesh
 from parallel.optimizer import OptimizerConfig, build_optimizer, moments
 from parallel.placement import publish
@@ -134,7 +133,7 @@ def compare_bf16(rank: int, text: str) -> None:
     (expected, _), (actual, squares) = whole.backward(case, 0), parts.backward(case, 0)
     assert abs(actual / expected - 1) < 2e-3
     assert all(shard.master.grad.dtype == torch.float32 for shard in whole.shards + parts.shards)
-    assert squares == pytest.approx(square_sum(whole.shards).item(), rel=5e-2)
+    assert squares == pytest.approx(whole.gradients.square_sum().item(), rel=5e-2)
     optimizer = build_optimizer(whole.shards, OptimizerConfig(lr=1e-5))
     before = [shard.master.clone() for shard in whole.shards]
     optimizer.step()

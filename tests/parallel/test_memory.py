@@ -9,10 +9,11 @@ from parallel.apply import build_parts, parallelize
 from parallel.collectives import all_reduce_sum
 from parallel.config import Offload, ParallelConfig, Recompute, Schedule
 from parallel.context import zigzag
+from parallel.gradients import Gradients
 from parallel.mesh import Mesh, init_mesh, one_process
 from parallel.optimizer import OptimizerConfig, build_optimizer
 from parallel.pipeline import MicroBatch, SingleStage
-from parallel.placement import Shard, collect_gradients, drop_gradients, publish
+from parallel.placement import Shard, publish
 from parallel.zero import copy_for_compute
 from tests.support.dist import run_distributed
 from tests.support.layout_cases import TINY
@@ -33,7 +34,8 @@ def train(
 ) -> Trained:
     """Losses, the last gradients by name, and the experts' load of a few steps of two micro-batches."""
     parts = build_parts(TINY, cfg, mesh, row_tokens=TOKENS)
-    shards = parallelize(parts, mesh, cfg, dtype=dtype, seed=3, recompute=recompute, offload=offload)
+    options = {"dtype": dtype, "seed": 3, "recompute": recompute, "offload": offload}
+    shards, gradient_sums = parallelize(parts, mesh, cfg, **options)
     engine = SingleStage(parts[0], zero_stage=cfg.zero_stage)
     optimizer = build_optimizer(shards, OptimizerConfig(lr=1e-2, eps=1e-6, offload=offload))
     losses, gradients = [], {}
@@ -47,11 +49,11 @@ def train(
         ]
         loss = engine.forward_backward(batches, torch.tensor(2.0 * ROWS * TOKENS), 5.0)
         losses.append((all_reduce_sum(loss, mesh.world) / mesh.tp.size).item())
-        collect_gradients(shards, mesh.tp)
+        gradient_sums.collect()
         gradients = {shard.name: shard.master.grad.clone() for shard in shards}
         optimizer.step()
         publish(shards)
-        drop_gradients(shards)
+        gradient_sums.drop()
     check_memory(shards, offload)
     return losses, gradients, [router.load.tolist() for router in parts[0].routers()]
 
@@ -111,7 +113,7 @@ def test_rows_of_odd_length_are_recomputed() -> None:
     ids, offsets = torch.randint(64, (ROWS, 7)), torch.tensor([[0, 3, 7]] * ROWS, dtype=torch.int32)
     for mode in (Recompute.none, Recompute.selective):
         parts = build_parts(TINY, cfg, mesh, row_tokens=7)
-        shards = parallelize(parts, mesh, cfg, dtype=torch.float32, seed=3, recompute=mode)
+        shards, _ = parallelize(parts, mesh, cfg, dtype=torch.float32, seed=3, recompute=mode)
         parts[0](ids, offsets, targets=ids).sum().backward()
         found.append(torch.cat([shard.parameter.grad.flatten() for shard in shards]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
@@ -166,15 +168,17 @@ def test_parameters_are_gathered_once_a_step() -> None:
 def test_whose_gemms_add_gradients_to_masters(schedule: str, dtype: torch.dtype, added: bool) -> None:
     mesh, cfg = one_process(torch.device("cpu")), ParallelConfig(schedule=Schedule[schedule])
     parts = build_parts(TINY, cfg, mesh, row_tokens=TOKENS)
-    shards = parallelize(parts, mesh, cfg, dtype=dtype, seed=3)
+    shards, _ = parallelize(parts, mesh, cfg, dtype=dtype, seed=3)
     masters = {shard.parameter: shard.master for shard in shards}
     for block in parts[0].blocks.values():
         experts = block.moe.experts
         if not added:
-            assert experts.masters is None
+            assert experts.master_grads is None
             continue
-        for weight, master in zip((experts.gate_up, experts.down), experts.masters, strict=True):
-            assert master is masters[weight] and master.dtype == torch.float32
+        for weight, buffer in zip((experts.gate_up, experts.down), experts.master_grads, strict=True):
+            (first, adds), (second, adds_again) = buffer(), buffer()
+            assert first is second is masters[weight].grad and first.dtype == torch.float32
+            assert (adds, adds_again) == (False, True)
 
 
 class AddsItsGradient(torch.autograd.Function):
@@ -187,7 +191,8 @@ class AddsItsGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[None, None]:
-        ctx.master.grad = torch.full_like(ctx.master, 0.5)
+        buffer, _ = Gradients.buffer(ctx.master)
+        buffer.fill_(0.5)
         return None, None
 
 
@@ -196,6 +201,7 @@ def test_masters_sum_gradients_in_fp32_however_they_come() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
     shard = Shard("w", (3,), (0,), 1, True, parameter, parameter.detach().clone())
     copy_for_compute([shard], torch.device("cpu"), torch.bfloat16)
+    Gradients([shard], one_process(torch.device("cpu")).tp)
     AddsItsGradient.apply(parameter, shard.master).backward()
     assert parameter.grad is None and shard.master.grad.tolist() == [0.5] * 3
     small = torch.tensor([2.0**-8, 3.0, 2.0**-20], dtype=torch.bfloat16)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from parallel.grad import clip_factor, square_sum
+from parallel.gradients import Gradients, clip_factor
+from parallel.mesh import one_process
 from parallel.optimizer import (
     FusedAdamW,
     OptimizerConfig,
@@ -19,6 +20,8 @@ from parallel.optimizer import (
     set_step,
 )
 from parallel.placement import Shard
+
+alone = one_process(torch.device("cpu")).tp
 
 
 def make_shards() -> list[Shard]:
@@ -75,7 +78,8 @@ def test_fused_step_clips_and_publishes_as_separate_passes_do(max_norm: float) -
             mine.master.grad = torch.full_like(mine.master, 0.3 + step)
             theirs.master.grad = mine.master.grad.clone()
         for optimizer, which in ((fused, shards), (expected, plain)):
-            clipped_step(optimizer, which, clip_factor(square_sum(which), max_norm))
+            sums = Gradients(which, alone)
+            clipped_step(optimizer, sums, clip_factor(sums.square_sum(), max_norm))
     for mine, theirs in zip(shards, plain, strict=True):
         torch.testing.assert_close(mine.master, theirs.master)
         torch.testing.assert_close(mine.parameter, theirs.parameter)

@@ -8,9 +8,9 @@ import torch
 
 from parallel.apply import build_parts, parallelize
 from parallel.config import ParallelConfig, Schedule, num_stages, stage_owner, stages_of
-from parallel.mesh import Mesh, init_mesh, one_process
+from parallel.gradients import Gradients
+from parallel.mesh import init_mesh, one_process
 from parallel.pipeline import MicroBatch, Pipeline, SingleStage, split_layers
-from parallel.placement import Shard, collect_gradients, drop_gradients
 from tests.support.dist import run_distributed
 from tests.support.layout_cases import TINY
 
@@ -68,9 +68,7 @@ def compare_names(rank: int, whole: set[str]) -> None:
     assert ("embed.weight" in mine) is ("head.weight" in mine) is (rank == 0)  # the V comes back to rank 0
 
 
-def gradients(
-    engine: SingleStage | Pipeline, shards: list[Shard], mesh: Mesh, tokens: int
-) -> dict[str, torch.Tensor]:
+def gradients(engine: SingleStage | Pipeline, sums: Gradients, tokens: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(64, (MICRO, 1, tokens), generator=torch.Generator().manual_seed(tokens))
     offsets = torch.tensor([[0, 3, tokens]], dtype=torch.int32)
     engine.forward_backward(
@@ -78,9 +76,9 @@ def gradients(
         torch.tensor(float(MICRO * tokens)),
         10.0,
     )
-    collect_gradients(shards, mesh.tp)
-    found = {shard.name: shard.master.grad.clone() for shard in shards}
-    drop_gradients(shards)
+    sums.collect()
+    found = {shard.name: shard.master.grad.clone() for shard in sums.shards}
+    sums.drop()
     return found
 
 
@@ -89,14 +87,14 @@ def rebuild_for_another_length(rank: int, schedule: Schedule) -> None:
     cfg = ParallelConfig(pp=2, schedule=schedule)
     mesh, alone = init_mesh(cfg, "cpu"), one_process(torch.device("cpu"))
     whole = build_parts(MODEL, ParallelConfig(), alone, row_tokens=16)
-    whole_shards = parallelize(whole, alone, ParallelConfig(), dtype=torch.float32, seed=0)
+    _, whole_sums = parallelize(whole, alone, ParallelConfig(), dtype=torch.float32, seed=0)
     parts = build_parts(MODEL, cfg, mesh, row_tokens=16)
-    shards = parallelize(parts, mesh, cfg, dtype=torch.float32, seed=0)
+    _, sums = parallelize(parts, mesh, cfg, dtype=torch.float32, seed=0)
     for tokens in (16, 40, 8):
         sizes = {"num_micro": MICRO, "micro_rows": 1, "row_tokens": tokens}
         engine = Pipeline(parts, mesh, schedule, dtype=torch.float32, **sizes)
-        expected = gradients(SingleStage(whole[0], zero_stage=1), whole_shards, alone, tokens)
-        for name, gradient in gradients(engine, shards, mesh, tokens).items():
+        expected = gradients(SingleStage(whole[0], zero_stage=1), whole_sums, tokens)
+        for name, gradient in gradients(engine, sums, tokens).items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
@@ -110,11 +108,11 @@ def count_passes(rank: int, schedule: Schedule) -> None:
     cfg = ParallelConfig(pp=2, schedule=schedule)
     mesh = init_mesh(cfg, "cpu")
     parts = build_parts(MODEL, cfg, mesh, row_tokens=16)
-    shards = parallelize(parts, mesh, cfg, dtype=torch.float32, seed=0)
+    _, sums = parallelize(parts, mesh, cfg, dtype=torch.float32, seed=0)
     engine = Pipeline(
         parts, mesh, schedule, num_micro=MICRO, micro_rows=1, row_tokens=16, dtype=torch.float32
     )
-    assert all(g.isfinite().all() for g in gradients(engine, shards, mesh, 16).values())
+    assert all(g.isfinite().all() for g in gradients(engine, sums, 16).values())
     for part in parts:
         for router in part.routers():
             assert router.load.sum() == MICRO * 16 * MODEL.experts_per_token

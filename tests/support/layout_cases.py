@@ -30,11 +30,11 @@ from parallel.apply import build_parts, parallelize
 from parallel.collectives import all_reduce_sum
 from parallel.config import MoEConfig, ParallelConfig, Recompute, Schedule
 from parallel.context import zigzag
-from parallel.grad import square_sum
+from parallel.gradients import Gradients
 from parallel.mesh import Mesh, init_mesh, one_process
 from parallel.optimizer import OptimizerConfig, build_optimizer
 from parallel.pipeline import MicroBatch, Pipeline, SingleStage
-from parallel.placement import Shard, collect_gradients, drop_gradients, publish
+from parallel.placement import Shard, publish
 from tests.support.dist import run_distributed
 from train.config import BatchConfig, Precision, RunConfig, TrainConfig
 
@@ -182,6 +182,7 @@ class Built:
     parts: list[Transformer]
     engine: SingleStage | Pipeline
     shards: list[Shard]
+    gradients: Gradients
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -201,8 +202,8 @@ class Built:
         for router in self.routers.values():
             router.begin_step()
         loss = self.engine.forward_backward(share(batches, self.mesh), torch.as_tensor(targets), weight)
-        collect_gradients(self.shards, self.mesh.tp)
-        sums = torch.stack([loss / self.mesh.tp.size, square_sum(self.shards)])
+        self.gradients.collect()
+        sums = torch.stack([loss / self.mesh.tp.size, self.gradients.square_sum()])
         loss_sum, squares = all_reduce_sum(sums, self.mesh.world).tolist()
         return loss_sum, squares
 
@@ -218,7 +219,7 @@ class Built:
         """One optimizer step; gradients are gone after it."""
         self.optimizer.step()
         publish(self.shards)
-        drop_gradients(self.shards)
+        self.gradients.drop()
         for router in self.routers.values():
             router.end_step()
 
@@ -230,14 +231,14 @@ def build(
     cfg = case.parallel if mesh.world_size > 1 else ParallelConfig()
     parts = build_parts(case.model, cfg, mesh, row_tokens=case.row_tokens, router=case.router)
     options = {"dtype": dtype, "seed": case.seed, "recompute": recompute}
-    shards = parallelize(parts, mesh, cfg, overlap_groups=case.overlap_groups, **options)
+    shards, gradients = parallelize(parts, mesh, cfg, overlap_groups=case.overlap_groups, **options)
     engine: SingleStage | Pipeline
     if mesh.pp.size == 1:
         engine = SingleStage(parts[0], zero_stage=cfg.zero_stage)
     else:
         sizes = {"num_micro": case.num_micro, "micro_rows": case.micro_rows, "row_tokens": case.row_tokens}
         engine = Pipeline(parts, mesh, cfg.schedule, dtype=dtype, **sizes)
-    return Built(mesh, parts, engine, shards)
+    return Built(mesh, parts, engine, shards, gradients)
 
 
 def box_of(part: Shard) -> tuple[slice, ...]:

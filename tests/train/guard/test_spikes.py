@@ -18,8 +18,7 @@ from data.dataset import TokenDataset
 from data.loader import Loader, Shape
 from model.router import Micro, Router, Routing
 from parallel.collectives import Axis
-from parallel.grad import scale_gradients
-from parallel.placement import Shard, collect_gradients
+from parallel.gradients import Gradients
 from tests.support.forked import ROOT, Ended, launch, run_forked
 from tests.support.runs import column, ending, lines, tensors
 from train.guard.spikes import Health, HealthConfig, OnSpike, find_non_finite
@@ -123,15 +122,15 @@ def test_a_spike_is_skipped_alike_on_all_ranks(action: str, license_corpus: Path
 
 def gradients_times(factor: float, step: int, rank: int) -> None:
     """A fault for run_forked: all gradients of one step are too large, on every rank."""
-    calls = [0]
+    calls, inner = [0], Gradients.collect
 
-    def collect(shards: Sequence[Shard], tp: Axis) -> None:
-        collect_gradients(shards, tp)
+    def collect(gradients: Gradients) -> None:
+        inner(gradients)
         calls[0] += 1
         if calls[0] == step:
-            scale_gradients(shards, factor)
+            gradients.scale(factor)
 
-    mock.patch("train.step.collect_gradients", collect).start()
+    mock.patch.object(Gradients, "collect", collect).start()
 
 
 def applied_norm(run_dir: Path, step: int) -> float:
