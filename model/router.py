@@ -155,11 +155,10 @@ class Router(nn.Module):
         memo = self.memo or Memo()
         decision = memo.once("decision", lambda: self._decide(logits.detach(), x, micro))
         weights = route(
-            logits,
-            decision.experts,
+            logits, decision.experts,
             replicas=decision.replicas if self.cfg.renormalise is Renormalise.after_drop else None,
             balance=self._balance(decision, micro) if self.training else None,
-        )
+        )  # fmt: skip
         return Routing(weights, decision.experts, decision.replicas)
 
     @torch.no_grad()

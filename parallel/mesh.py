@@ -107,13 +107,9 @@ def init_mesh(cfg: ParallelConfig, device_type: str, *, pool_groups: int = 1, ov
         "saving", [list(range(world_size))], rank, {}, backend="gloo", timeout=SAVE_TIMEOUT
     )
     return Mesh(
-        rank=rank,
-        world_size=world_size,
-        device=device,
-        data_mesh=_device_mesh(axes["data"], device_type),
-        expert_data_mesh=_device_mesh(axes["edp"], device_type),
-        **axes,
-    )
+        rank=rank, world_size=world_size, device=device, data_mesh=_device_mesh(axes["data"], device_type),
+        expert_data_mesh=_device_mesh(axes["edp"], device_type), **axes,
+    )  # fmt: skip
 
 
 def one_process(device: torch.device) -> Mesh:

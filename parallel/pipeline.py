@@ -103,13 +103,9 @@ class SingleStage:
             reduces, frees = is_last or self.zero_stage > 1, is_last or self.zero_stage == 3
             prepare_backward(self.model, reduces=reduces, frees=frees)
             losses = self.model(
-                batch.tokens,
-                batch.offsets,
-                targets=batch.targets,
-                number=batch.number,
-                lengths=batch.lengths,
-                loss_weight=loss_weight,
-            )
+                batch.tokens, batch.offsets, targets=batch.targets, number=batch.number,
+                lengths=batch.lengths, loss_weight=loss_weight,
+            )  # fmt: skip
             loss = losses.sum() / target_count
             loss.backward()
             total += loss.detach()
@@ -168,14 +164,9 @@ class Pipeline:
 
     def _stage(self, number: int, part: Transformer, mesh: Mesh) -> PipelineStage:
         return PipelineStage(
-            part,
-            number,
-            self.num_stages,
-            mesh.device,
-            input_args=self.ids if number == 0 else self.hidden,
-            output_args=self.losses if number == self.num_stages - 1 else self.hidden,
-            group=mesh.pp.group,
-        )
+            part, number, self.num_stages, mesh.device, input_args=self.ids if number == 0 else self.hidden,
+            output_args=self.losses if number == self.num_stages - 1 else self.hidden, group=mesh.pp.group,
+        )  # fmt: skip
 
     def forward_backward(
         self, batches: Sequence[MicroBatch], target_count: Tensor, loss_weight: float

@@ -117,12 +117,11 @@ def _configure(cfg: RunConfig, settings: StageConfig) -> RunConfig:
     theta = settings.rope_theta or cfg.model.rope_theta
     shares = settings.length_shares or cfg.data.length_shares
     return dataclasses.replace(
-        cfg,
-        model=dataclasses.replace(cfg.model, rope_theta=theta),
+        cfg, model=dataclasses.replace(cfg.model, rope_theta=theta),
         batch=dataclasses.replace(cfg.batch, **changes),
         data=dataclasses.replace(cfg.data, length_shares=shares),
         parallel=settings.parallel.apply(cfg.parallel),
-    )
+    )  # fmt: skip
 
 
 def _mixture(cfg: RunConfig, weights: Sequence[float] | None) -> Mixture:
