@@ -135,14 +135,9 @@ class DatasetWriter:
     """Context manager that writes one token dataset; its files appear only when the block ends well."""
 
     def __init__(
-        self,
-        prefix: str | Path,
-        *,
-        vocab_size: int,
-        eos_id: int | None = None,
-        tokenizer_file: Path | None = None,
-        source: str = "",
-    ) -> None:
+        self, prefix: str | Path, *, vocab_size: int, eos_id: int | None = None,
+        tokenizer_file: Path | None = None, source: str = "",
+    ) -> None:  # fmt: skip
         self.prefix, self.vocab_size = Path(prefix), vocab_size
         self.num_tokens, self.max_token_id = 0, -1
         self._code = 8 if vocab_size < 65500 else 4  # Megatron's own bound between uint16 and int32

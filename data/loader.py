@@ -55,18 +55,9 @@ class Loader:
     """
 
     def __init__(
-        self,
-        datasets: Sequence[TokenDataset],
-        cfg: DataConfig,
-        *,
-        split: str,
-        shape: Shape,
-        rank: int,
-        size: int,
-        seed: int,
-        vocab_size: int,
-        buckets: bool = False,
-    ) -> None:
+        self, datasets: Sequence[TokenDataset], cfg: DataConfig, *, split: str, shape: Shape, rank: int,
+        size: int, seed: int, vocab_size: int, buckets: bool = False,
+    ) -> None:  # fmt: skip
         if not datasets:
             raise ValueError("data.sources is empty; name at least one: data.sources=[{path: PREFIX}]")
         if split not in ("train", "eval"):

@@ -124,13 +124,9 @@ def _appearing(folder: Path) -> Iterator[Path]:
 
 
 def _write(
-    prefix: Path,
-    source: SourceConfig,
-    inputs: Sequence[Any],
-    tokenizer_path: str,
-    name: str,
+    prefix: Path, source: SourceConfig, inputs: Sequence[Any], tokenizer_path: str, name: str,
     progress: Callable[[int], None],
-) -> None:
+) -> None:  # fmt: skip
     """Tokenize the documents as they come."""
     from data.tokenizer import eos_id, load_tokenizer, tokenizer_file, vocab_size
 

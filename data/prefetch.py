@@ -28,13 +28,9 @@ class Prefetcher:
     """
 
     def __init__(
-        self,
-        loader: Loader,
-        plan: Callable[[int], tuple[Shape, Mixture]],
-        *,
-        step: int = 0,
+        self, loader: Loader, plan: Callable[[int], tuple[Shape, Mixture]], *, step: int = 0,
         device: torch.device | str = "cpu",
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._loader, self._plan, self._step, self._device = loader, plan, step, torch.device(device)
         self._state, self._counts = loader.state_dict(), Counts()
         self._skips: Mapping[int, int] = {}

@@ -73,15 +73,9 @@ class Admitted(NamedTuple):
 
 
 def line_up_triton(
-    rows: Tensor,
-    positions: Tensor,
-    split: Tensor,
-    offsets: Tensor,
-    *,
-    num_rows: int,
-    row_tokens: int,
+    rows: Tensor, positions: Tensor, split: Tensor, offsets: Tensor, *, num_rows: int, row_tokens: int,
     start: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`model.capacity.line_up` in one launch.
 
     Args:

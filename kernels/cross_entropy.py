@@ -80,14 +80,9 @@ def linear_cross_entropy(
 
 
 def linear_cross_entropy_triton(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    first: int = 0,
-    merge: Merge | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, first: int = 0, merge: Merge | None = None,
     config: Config | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`linear_cross_entropy` by the Triton kernels."""
     columns, num_warps = choose_config(weight.shape[0]) if config is None else config
 
@@ -131,14 +126,9 @@ def _attach(
 
 @torch.no_grad()
 def _compute(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    first: int,
-    merge: Merge | None,
-    passes: Passes,
+    hidden: Tensor, weight: Tensor, targets: Tensor, first: int, merge: Merge | None, passes: Passes,
     is_training: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Losses like targets and, in training, the gradients of their sum, like hidden and weight."""
     shape, hidden, targets = hidden.shape, hidden.flatten(0, -2), targets.flatten()
     tokens, vocab = len(targets), len(weight)

@@ -81,14 +81,9 @@ def expert_ffn(
 
 
 def expert_ffn_by(
-    backend: Backend,
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    scale: Tensor,
-    ends: Tensor,
+    backend: Backend, x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor, ends: Tensor,
     master_grads: MasterGrads = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`expert_ffn` by one of the backends."""
     if backend is Backend.quack and x.numel():
         return _FusedExperts.apply(x, gate_up, down, scale, ends, master_grads)
@@ -97,13 +92,8 @@ def expert_ffn_by(
 
 
 def choose_backend(
-    dtype: torch.dtype,
-    hidden: int,
-    ffn: int,
-    *,
-    capability: tuple[int, int] | None,
-    has_quack: bool,
-) -> tuple[Backend, str]:
+    dtype: torch.dtype, hidden: int, ffn: int, *, capability: tuple[int, int] | None, has_quack: bool,
+) -> tuple[Backend, str]:  # fmt: skip
     """The fastest backend, and why.
 
     Args:
@@ -159,14 +149,9 @@ class _FusedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-        scale: Tensor,
-        ends: Tensor,
+        ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, scale: Tensor, ends: Tensor,
         master_grads: MasterGrads,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         x, scale, starts = x.contiguous(), scale.contiguous(), pad(ends, (1, 0))
         scale = scale.clone() if scale.data_ptr() % 16 else scale  # part of a longer one, perhaps
         ffn = gate_up.shape[2]

@@ -31,15 +31,9 @@ Merge = Callable[[Tensor], Tensor]
 
 
 def gated_rms_norm_triton(
-    o: Tensor,
-    gate: Tensor,
-    weight: Tensor,
-    eps: float,
-    *,
-    parts: int = 1,
-    merge: Merge | None = None,
+    o: Tensor, gate: Tensor, weight: Tensor, eps: float, *, parts: int = 1, merge: Merge | None = None,
     config: Config | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`gated_rms_norm` by the kernels."""
     if o.shape != gate.shape or o.shape[-1:] != weight.shape:
         shapes = f"o {tuple(o.shape)}, gate {tuple(gate.shape)}, weight {tuple(weight.shape)}"
@@ -80,15 +74,9 @@ class _PartOfRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        o: Tensor,
-        gate: Tensor,
-        weight: Tensor,
-        eps: float,
-        parts: int,
-        merge: Merge,
+        ctx: Any, o: Tensor, gate: Tensor, weight: Tensor, eps: float, parts: int, merge: Merge,
         config: Config | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         rows, size = as_rows(o), o.shape[-1]
         squares = torch.empty(rows.shape[0], dtype=torch.float32, device=o.device)
         launch = choose_forward(size) if config is None else config.forward
@@ -157,14 +145,9 @@ def _launch_forward(
 
 
 def _launch_backward(
-    dy: Tensor,
-    o: Tensor,
-    gate: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    mean: Tensor | None,
+    dy: Tensor, o: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor, mean: Tensor | None,
     config: Config | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """do, dgate, and what makes weight's gradient, which is not written where `mean` [rows] is given."""
     tensors = [as_rows(x) for x in (dy, o, gate)]
     do, dgate = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (o, gate))

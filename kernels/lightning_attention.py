@@ -70,14 +70,9 @@ def plan_layout(q: Tensor, config: Config | None = None, segments: int | None = 
 
 @cache  # the launches of a small call take longer on the host than on the GPU
 def _plan(
-    rows: int,
-    tokens: int,
-    heads: int,
-    size: int,
-    bytes_each: int,
-    config: Config | None,
+    rows: int, tokens: int, heads: int, size: int, bytes_each: int, config: Config | None,
     segments: int | None,
-) -> Layout:
+) -> Layout:  # fmt: skip
     padded = triton.next_power_of_2(size)
     if config is None:
         config = CONFIGS[3 if bytes_each > 2 else 0 if padded <= 128 else 2]
@@ -91,14 +86,9 @@ def _plan(
 
 
 def lightning_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor,
-    documents: Documents,
-    *,
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, documents: Documents, *,
     initial_state: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Linear attention with fixed decay: S_t = exp(-s) S_{t-1} + k_t^T v_t, o_t = q_t S_t, per document.
 
     Args:
@@ -131,14 +121,9 @@ def lightning_end_state(k: Tensor, v: Tensor, slopes: Tensor, documents: Documen
 
 
 def lightning_attention_with_state(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor,
-    documents: Documents,
-    *,
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, documents: Documents, *,
     initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`lightning_attention`, and S after the last token [rows, heads, head_dim, head_dim], at least fp32.
 
     S is that of `lightning_end_state`, a pass of its own: the states inside the scan are less exact. A single
@@ -173,14 +158,9 @@ def _has_kernel(dtype: torch.dtype, size: int) -> bool:
 
 
 def lightning_attention_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor,
-    positions: Tensor,
-    initial_state: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, positions: Tensor, initial_state: Tensor | None = None,
     layout: Layout | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`lightning_attention` by the kernels.
 
     Args:
@@ -201,15 +181,9 @@ class _LightningAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slopes: Tensor,
-        positions: Tensor,
-        initial: Tensor | None,
-        layout: Layout,
-    ) -> Tensor:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, positions: Tensor,
+        initial: Tensor | None, layout: Layout,
+    ) -> Tensor:  # fmt: skip
         q, k, v = _readable(q), _readable(k), _readable(v)
         positions = positions.contiguous()
         o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -301,15 +275,9 @@ def _constants(layout: Layout, num_stages: int | None = None) -> dict[str, Any]:
 
 
 def _entering_states(
-    tiles: tuple[TensorDescriptor, TensorDescriptor],
-    y: Tensor,
-    slopes: Tensor,
-    positions: Tensor,
-    initial: Tensor | None,
-    layout: Layout,
-    *,
-    reverse: bool,
-) -> Tensor | None:
+    tiles: tuple[TensorDescriptor, TensorDescriptor], y: Tensor, slopes: Tensor, positions: Tensor,
+    initial: Tensor | None, layout: Layout, *, reverse: bool,
+) -> Tensor | None:  # fmt: skip
     """States [rows, heads, segments, head_dim, head_dim] that enter each segment, None where all are 0.
 
     Args:
@@ -324,15 +292,9 @@ def _entering_states(
 
 
 def _own_states(
-    tiles: tuple[TensorDescriptor, TensorDescriptor],
-    y: Tensor,
-    slopes: Tensor,
-    positions: Tensor,
-    layout: Layout,
-    *,
-    reverse: bool,
-    is_exact: bool,
-) -> Tensor:
+    tiles: tuple[TensorDescriptor, TensorDescriptor], y: Tensor, slopes: Tensor, positions: Tensor,
+    layout: Layout, *, reverse: bool, is_exact: bool,
+) -> Tensor:  # fmt: skip
     """States [rows, heads, segments, head_dim, head_dim] that each segment makes of zeros."""
     states = _new_states(y, layout.segments)
     _scan_kernel[(y.shape[0] * y.shape[2] * layout.blocks, layout.segments)](
@@ -344,15 +306,9 @@ def _own_states(
 
 
 def _seed_segments(
-    states: Tensor,
-    positions: Tensor,
-    slopes: Tensor,
-    initial: Tensor | None,
-    final: Tensor | None,
-    layout: Layout,
-    *,
-    reverse: bool,
-) -> None:
+    states: Tensor, positions: Tensor, slopes: Tensor, initial: Tensor | None, final: Tensor | None,
+    layout: Layout, *, reverse: bool,
+) -> None:  # fmt: skip
     """Turn `_own_states` into those that enter the segments; `final` gets the state after the last one."""
     rows, heads, segments = states.shape[:3]
     block = 1024

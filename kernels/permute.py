@@ -135,15 +135,9 @@ def _collect(y: Tensor, inverse: Tensor, tokens: int, config: tuple[int, int, in
 
 
 def _launch(
-    kernel: Any,
-    source: Tensor,
-    target: Tensor,
-    inverse: Tensor,
-    *,
-    tokens: int,
-    kept: int,
+    kernel: Any, source: Tensor, target: Tensor, inverse: Tensor, *, tokens: int, kept: int,
     config: tuple[int, int, int] | None,
-) -> None:
+) -> None:  # fmt: skip
     hidden = source.shape[1]
     rows, columns, warps = config or CONFIGS[hidden == 1]
     if target.numel():

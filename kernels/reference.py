@@ -31,14 +31,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def gated_rms_norm(
-    o: Tensor,
-    gate: Tensor,
-    weight: Tensor,
-    eps: float,
-    *,
-    parts: int = 1,
+    o: Tensor, gate: Tensor, weight: Tensor, eps: float, *, parts: int = 1,
     merge: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """sigmoid(gate) * o / rms(o) * weight over the last dim; o / rms(o) is rounded to o's dtype.
 
     Args:
@@ -148,15 +143,9 @@ def _grouped_scores(q: Tensor, k: Tensor, seen: Tensor | None) -> Tensor:
 
 
 def lightning_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor,
-    documents: Documents,
-    *,
-    chunk: int = 64,
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, documents: Documents, *, chunk: int = 64,
     initial_state: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Linear attention with fixed decay: S_t = exp(-s) S_{t-1} + k_t^T v_t, o_t = q_t S_t, per document.
 
     Block form of MiniMax-01 (arXiv 2501.08313 sec. 2.2) with the document rules of LASP+: a chunk's state
@@ -222,14 +211,9 @@ def lightning_end_state(k: Tensor, v: Tensor, slopes: Tensor, documents: Documen
 
 
 def lightning_attention_with_state(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor,
-    documents: Documents,
-    *,
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, documents: Documents, *,
     initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`lightning_attention`, and S after the last token, at least fp32; what entered lasts for one document.
 
     Shapes of `lightning_attention` and `lightning_end_state`.
@@ -382,16 +366,9 @@ class Record(NamedTuple):
 
 
 def record_choices(
-    record: Record,
-    sums: Tensor,
-    choices: Tensor,
-    dropped: Tensor | None,
-    pooled: Tensor,
-    *,
-    top_k: int,
-    scale: float,
-    so_far: bool,
-) -> tuple[Tensor, Tensor]:
+    record: Record, sums: Tensor, choices: Tensor, dropped: Tensor | None, pooled: Tensor, *, top_k: int,
+    scale: float, so_far: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Add a micro-batch to the record: its choices, and aux (as in Balance), z and entropy over pool tokens.
 
     Args:
@@ -491,18 +468,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 
 
 def adamw(
-    master: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    clip: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-) -> None:
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, clip: Tensor, lr: float,
+    beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
+) -> None:  # fmt: skip
     """One AdamW step of a tensor in place, on its gradient times `clip`; `step` counts this one."""
     grad = grad * clip
     exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)

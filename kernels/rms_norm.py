@@ -63,14 +63,9 @@ rms_norm = by_device(rms_norm_triton, plain_rms_norm)
 
 
 def carry_rms_norm_triton(
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    alpha: float,
-    carried: Carried | None = None,
-    *,
+    x: Tensor, weight: Tensor, eps: float, alpha: float, carried: Carried | None = None, *,
     config: Config | None = None,
-) -> tuple[Tensor, Carried]:
+) -> tuple[Tensor, Carried]:  # fmt: skip
     """`carry_rms_norm` by the kernels."""
     residual, factor = (None, 1.0) if carried is None else carried
     h, same = _RMSNorm.apply(x, residual, weight, eps, factor, alpha, config)
@@ -100,15 +95,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor,
-        eps: float,
-        factor: float,
-        alpha: float,
-        config: Config | None,
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, factor: float,
+        alpha: float, config: Config | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if x.shape[-1:] != weight.shape or (residual is not None and residual.shape != x.shape):
             shapes = [tuple(t.shape) for t in (x, weight, residual) if t is not None]
             raise ValueError(f"x, weight and residual {shapes}: expected [..., size], [size] and x's shape")

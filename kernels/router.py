@@ -40,13 +40,9 @@ CONFIGS = [Config(2048, 4), Config(1024, 4), Config(4096, 4), Config(4096, 8)]
 
 
 def choose_experts_triton(
-    logits: Tensor,
-    top_k: int,
-    *,
-    bias: Tensor | None = None,
-    real: Tensor | None = None,
+    logits: Tensor, top_k: int, *, bias: Tensor | None = None, real: Tensor | None = None,
     config: Config = CONFIGS[0],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`choose_experts` by the kernel."""
     tokens, num_experts = logits.shape
     tile = _tile(num_experts, config)
@@ -65,13 +61,9 @@ choose_experts = by_device(choose_experts_triton, choose_experts_by_sort)
 
 
 def route_triton(
-    logits: Tensor,
-    experts: Tensor,
-    *,
-    replicas: Tensor | None = None,
-    balance: Balance | None = None,
+    logits: Tensor, experts: Tensor, *, replicas: Tensor | None = None, balance: Balance | None = None,
     config: Config = CONFIGS[0],
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`route` by the kernels."""
     return _Route.apply(logits, experts, replicas, balance, config)
 
@@ -80,16 +72,9 @@ route = by_device(route_triton, route_by_torch)
 
 
 def record_choices_triton(
-    record: Record,
-    sums: Tensor,
-    choices: Tensor,
-    dropped: Tensor | None,
-    pooled: Tensor,
-    *,
-    top_k: int,
-    scale: float,
-    so_far: bool,
-) -> tuple[Tensor, Tensor]:
+    record: Record, sums: Tensor, choices: Tensor, dropped: Tensor | None, pooled: Tensor, *, top_k: int,
+    scale: float, so_far: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`record_choices` by the kernel."""
     num_experts = len(choices)
     share, tokens = sums.new_empty(num_experts), sums.new_empty(())
@@ -117,13 +102,9 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        experts: Tensor,
-        replicas: Tensor | None,
-        balance: Balance | None,
+        ctx: Any, logits: Tensor, experts: Tensor, replicas: Tensor | None, balance: Balance | None,
         config: Config,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         logits, experts = logits.contiguous(), experts.contiguous()
         (tokens, num_experts), top_k = logits.shape, experts.shape[1]
         weights = logits.new_empty(experts.shape, dtype=torch.float32)

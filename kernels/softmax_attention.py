@@ -60,15 +60,9 @@ class Spans(NamedTuple):
 
 
 def choose_backend(
-    dtype: torch.dtype,
-    head_dim: int,
-    *,
-    capability: tuple[int, int] | None,
-    has_flash4: bool,
-    has_cudnn: bool,
-    knows_lengths: bool,
-    is_deterministic: bool,
-) -> tuple[Backend, str]:
+    dtype: torch.dtype, head_dim: int, *, capability: tuple[int, int] | None, has_flash4: bool,
+    has_cudnn: bool, knows_lengths: bool, is_deterministic: bool,
+) -> tuple[Backend, str]:  # fmt: skip
     """The fastest exact backend, and why no faster one.
 
     Args:
@@ -144,15 +138,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, documents: Documents | None = Non
 
 
 def attend_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    *,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *,
     documents: Documents | None = None,
-) -> Gradients:
+) -> Gradients:  # fmt: skip
     """What the keys of `attend` contribute to dq, and their dk and dv; in the dtypes of q, k, v or wider.
 
     Args:

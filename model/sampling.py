@@ -50,14 +50,9 @@ def choose(logits: Tensor, draws: Tensor, how: Sampling) -> Tensor:
 
 
 def continue_prompts(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    end: int | None,
-    max_tokens: int,
-    how: Sampling,
-    chunk: int = 2048,
-) -> list[list[int]]:
+    model: Transformer, prompts: Sequence[Sequence[int]], *, end: int | None, max_tokens: int,
+    how: Sampling, chunk: int = 2048,
+) -> list[list[int]]:  # fmt: skip
     """What the model writes after each prompt, up to and with its end-of-document token.
 
     Args:

@@ -78,15 +78,9 @@ class Transformer(nn.Module):
         self.head: nn.Module | None = Head(cfg) if is_last else None
 
     def forward(
-        self,
-        x: Tensor,
-        offsets: Tensor,
-        *,
-        targets: Tensor | None = None,
-        number: Tensor | None = None,
-        lengths: Tensor | None = None,
-        loss_weight: float | Tensor = 0.0,
-    ) -> Tensor:
+        self, x: Tensor, offsets: Tensor, *, targets: Tensor | None = None, number: Tensor | None = None,
+        lengths: Tensor | None = None, loss_weight: float | Tensor = 0.0,
+    ) -> Tensor:  # fmt: skip
         """Logits, or each token's loss where targets are given; a stage without head returns hidden states.
 
         Args:

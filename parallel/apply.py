@@ -22,13 +22,9 @@ from parallel.zero import apply_zero, copy_for_compute, materialize
 
 
 def build_parts(
-    model_cfg: ModelConfig,
-    cfg: ParallelConfig,
-    mesh: Mesh,
-    *,
-    row_tokens: int,
+    model_cfg: ModelConfig, cfg: ParallelConfig, mesh: Mesh, *, row_tokens: int,
     router: RouterConfig | None = None,
-) -> list[Transformer]:
+) -> list[Transformer]:  # fmt: skip
     """This rank's pipeline stages on the meta device, cut to cost alike; one whole model without pp.
 
     Args:
@@ -42,16 +38,9 @@ def build_parts(
 
 
 def parallelize(
-    parts: Sequence[Transformer],
-    mesh: Mesh,
-    cfg: ParallelConfig,
-    *,
-    dtype: torch.dtype,
-    seed: int,
-    recompute: Recompute = Recompute.none,
-    offload: Offload = Offload.none,
-    overlap_groups: int = 1,
-) -> tuple[list[Shard], Gradients]:
+    parts: Sequence[Transformer], mesh: Mesh, cfg: ParallelConfig, *, dtype: torch.dtype, seed: int,
+    recompute: Recompute = Recompute.none, offload: Offload = Offload.none, overlap_groups: int = 1,
+) -> tuple[list[Shard], Gradients]:  # fmt: skip
     """Spread this rank's stages, on the meta device, over the mesh and give them their initial weights.
 
     Args:

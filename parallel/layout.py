@@ -10,15 +10,9 @@ from parallel.config import SPLIT_BACKWARD, V_SHAPED, ParallelConfig, Recompute,
 
 
 def check_layout(
-    model: ModelConfig,
-    axes: ParallelConfig,
-    recompute: Recompute,
-    *,
-    dp: int,
-    edp: int,
-    row_tokens: int,
+    model: ModelConfig, axes: ParallelConfig, recompute: Recompute, *, dp: int, edp: int, row_tokens: int,
     num_micro: int,
-) -> None:
+) -> None:  # fmt: skip
     """Raise a ValueError unless every axis divides what it cuts.
 
     Args:

@@ -122,16 +122,9 @@ class Pipeline:
     """Several stages: torch's schedule drives them; gradients are reduced once, at the end of the step."""
 
     def __init__(
-        self,
-        parts: Sequence[Transformer],
-        mesh: Mesh,
-        schedule: Schedule,
-        *,
-        num_micro: int,
-        micro_rows: int,
-        row_tokens: int,
-        dtype: torch.dtype,
-    ) -> None:
+        self, parts: Sequence[Transformer], mesh: Mesh, schedule: Schedule, *, num_micro: int,
+        micro_rows: int, row_tokens: int, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
         """Lay the stages over mesh.pp.
 
         Args:

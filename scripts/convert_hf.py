@@ -148,14 +148,9 @@ def check_tensors(hf: Path, stored: Mapping[str, SourceTensor], cfg: ModelConfig
 
 
 def export_model(
-    checkpoint: Path,
-    output: Path,
-    *,
-    layout: Layout,
-    dtype: torch.dtype | None,
-    tokenizer: Path | None,
+    checkpoint: Path, output: Path, *, layout: Layout, dtype: torch.dtype | None, tokenizer: Path | None,
     shard_bytes: int,
-) -> None:
+) -> None:  # fmt: skip
     """Write a checkpoint's weights, whatever layout it was trained on, as a Hugging Face folder.
 
     Raises:

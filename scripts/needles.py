@@ -56,14 +56,9 @@ class Task(NamedTuple):
 
 
 def make_task(
-    encode: Encode,
-    sentences: Sequence[str],
-    draw: np.random.Generator,
-    *,
-    tokens: int,
-    depth: float,
+    encode: Encode, sentences: Sequence[str], draw: np.random.Generator, *, tokens: int, depth: float,
     distractors: int,
-) -> Task:
+) -> Task:  # fmt: skip
     """Hide a fact in a text and ask for it.
 
     Args:

@@ -103,14 +103,9 @@ class Run:
 
 
 def build_run(
-    stages: list[Stage],
-    stage: Stage,
-    start: Start,
-    mesh: Mesh,
-    stop: StopRequest,
-    watchdog: Watchdog,
+    stages: list[Stage], stage: Stage, start: Start, mesh: Mesh, stop: StopRequest, watchdog: Watchdog,
     console: Console,
-) -> Run:
+) -> Run:  # fmt: skip
     """Build model, optimizer and data for a stage, and go on from a checkpoint where there is one.
 
     Raises:
@@ -151,13 +146,9 @@ def build_run(
 
 
 def load_start(
-    start: Start,
-    *,
-    shards: list[Shard],
-    optimizer: torch.optim.Optimizer,
-    biases: dict[str, Tensor],
+    start: Start, *, shards: list[Shard], optimizer: torch.optim.Optimizer, biases: dict[str, Tensor],
     world: Axis,
-) -> None:
+) -> None:  # fmt: skip
     """Read what the run starts from into this rank's part of it; nothing if it starts from scratch."""
     if start.resumed is not None:
         load_checkpoint(start.resumed, shards=shards, optimizer=optimizer, biases=biases, world=world)

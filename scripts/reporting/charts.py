@@ -103,15 +103,9 @@ def thin(values: np.ndarray, limit: int = MAX_POINTS) -> np.ndarray:
 
 
 def line_chart(
-    title: str,
-    series: Sequence[Series],
-    *,
-    width: int = 560,
-    height: int = 230,
-    zero: bool = False,
-    log: bool = False,
-    x_title: str = "tokens",
-) -> str:
+    title: str, series: Sequence[Series], *, width: int = 560, height: int = 230, zero: bool = False,
+    log: bool = False, x_title: str = "tokens",
+) -> str:  # fmt: skip
     """Draw curves over tokens; an empty string if there are none.
 
     Args:
@@ -149,13 +143,9 @@ def line_chart(
 
 
 def draw_heat_map(
-    title: str,
-    heat_map: HeatMap,
-    tip: Callable[[int, int], str],
-    *,
-    hue: str = "hot",
+    title: str, heat_map: HeatMap, tip: Callable[[int, int], str], *, hue: str = "hot",
     has_numbers: bool = False,
-) -> str:
+) -> str:  # fmt: skip
     """Draw a heat map.
 
     Args:

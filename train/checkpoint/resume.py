@@ -185,13 +185,9 @@ def _set_rejected_aside(rejected: Mapping[Path, Sequence[str]]) -> None:
 
 
 def load_checkpoint(
-    manifest: Manifest,
-    *,
-    shards: Sequence[Shard],
-    optimizer: torch.optim.Optimizer,
-    biases: Mapping[str, Tensor],
-    world: Axis,
-) -> None:
+    manifest: Manifest, *, shards: Sequence[Shard], optimizer: torch.optim.Optimizer,
+    biases: Mapping[str, Tensor], world: Axis,
+) -> None:  # fmt: skip
     """Fill weights, moments and router biases from a checkpoint of any layout.
 
     Raises:

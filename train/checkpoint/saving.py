@@ -48,13 +48,9 @@ class SaveError(RuntimeError):
 
 
 def write_together(
-    root: Path,
-    step: int,
-    boxes: Mapping[str, Box],
-    facts: Mapping[str, Any],
-    axis: Axis,
+    root: Path, step: int, boxes: Mapping[str, Box], facts: Mapping[str, Any], axis: Axis,
     problem: str | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write and commit `root/step-N` with the other ranks of `axis`.
 
     Each element of the state is in the `boxes` of one rank, and only one; `facts` are JSON values for the

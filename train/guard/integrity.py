@@ -74,14 +74,9 @@ class StateGuard:
     """Remembers the hashes of this rank's masters, moments and router biases from one update to the next."""
 
     def __init__(
-        self,
-        shards: Sequence[Shard],
-        optimizer: torch.optim.Optimizer,
-        biases: Mapping[str, Tensor],
-        mesh: Mesh,
-        *,
-        every: int | None,
-    ) -> None:
+        self, shards: Sequence[Shard], optimizer: torch.optim.Optimizer, biases: Mapping[str, Tensor],
+        mesh: Mesh, *, every: int | None,
+    ) -> None:  # fmt: skip
         """Hash every so many steps; None = never."""
         self.shards, self.optimizer, self.biases = shards, optimizer, biases
         self.mesh, self.every = mesh, every

@@ -196,13 +196,9 @@ def spread(window: Sequence[float]) -> tuple[float, float]:
 
 @torch.no_grad()
 def find_non_finite(
-    losses: Sequence[Tensor],
-    shards: Sequence[Shard],
-    *,
-    dp: Axis,
-    micro_rows: int,
+    losses: Sequence[Tensor], shards: Sequence[Shard], *, dp: Axis, micro_rows: int,
     documents_at: Callable[[int, Tensor], Sequence[str]] = lambda number, bad: [],
-) -> str | None:
+) -> str | None:  # fmt: skip
     """Say where this rank sees non-finite values, if it does. Reads from the device: for skipped steps only.
 
     Args:
