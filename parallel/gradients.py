@@ -118,7 +118,6 @@ class Gradients:
             shard.parameter.grad = shard.master.grad = None
 
 
-def clip_factor(square: Tensor, max_norm: float) -> Tensor:
-    """Return what brings gradients of this square sum down to max_norm, at most 1; a scalar like `square`."""
-    norm = square.sqrt()
-    return torch.where(norm > max_norm, max_norm / norm, 1)
+def clip_factor(norm: float, max_norm: float) -> float:
+    """Return what brings gradients of this norm down to max_norm, at most 1."""
+    return max_norm / norm if norm > max_norm else 1.0

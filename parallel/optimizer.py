@@ -1,4 +1,4 @@
-"""AdamW over this rank's fp32 masters: NVIDIA apex's where it is installed, else our kernel, torch's on CPU.
+"""AdamW over this rank's fp32 masters: one interface, whoever computes the step.
 
 Moments have no library's format: `exp_avg`, `exp_avg_sq` by parameter name, and one step count.
 """
@@ -6,8 +6,9 @@ Moments have no library's format: `exp_avg`, `exp_avg_sq` by parameter name, and
 import importlib.util
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -24,6 +25,19 @@ log = logging.getLogger(__name__)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+class Implementation(StrEnum):
+    """Who computes the step of AdamW."""
+
+    auto = "auto"
+    """kernel on a GPU, torch on a CPU, DeepSpeed's CPU Adam with offload=cpu."""
+    kernel = "kernel"
+    """kernels/adamw.py: one pass clips, steps, and writes what the model computes with."""
+    torch = "torch"
+    """torch.optim.AdamW, fused."""
+    apex = "apex"
+    """NVIDIA apex's FusedAdam."""
+
+
 @dataclass(kw_only=True)
 class OptimizerConfig:
     """AdamW; MiniMax-01 publishes the betas and the decay, not eps and clip (arXiv 2501.08313 sec. 4.2)."""
@@ -38,6 +52,8 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled decay; norm weights have none."""
+    implementation: Implementation = Implementation.auto
+    """Who computes the step; all give the same update but for rounding."""
     offload: Offload = Offload.none
     """cpu: masters, moments and the step in host memory, by DeepSpeed's CPU Adam."""
     max_grad_norm: float = 1.0
@@ -45,6 +61,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        if self.offload is Offload.cpu and self.implementation is not Implementation.auto:
+            raise ValueError(
+                f"optimizer.implementation={self.implementation} must be auto with optimizer.offload=cpu, "
+                "which DeepSpeed computes; leave one of them out"
+            )
         for key in ("lr", "weight_decay"):
             if not 0 <= getattr(self, key) < math.inf:
                 raise ValueError(f"optimizer.{key}={getattr(self, key)} must be a number >= 0")
@@ -61,101 +82,105 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{key}={getattr(self, key)} must lie in [0, 1)")
 
 
-class FusedAdamW(torch.optim.Optimizer):
-    """kernels/adamw.py as an optimizer: one pass clips, steps, and writes what the model computes with."""
+class AdamW:
+    """AdamW over the masters of all shards, its moments at zero."""
 
-    def __init__(self, groups: list[dict[str, Any]], shards: Sequence[Shard], **options: Any) -> None:
-        super().__init__(groups, options)
-        self.copies = {s.master: s.parameter.detach() for s in shards if s.is_copied}
+    def __init__(self, gradients: Gradients, cfg: OptimizerConfig) -> None:
+        """Choose who computes it.
+
+        Raises:
+            ValueError: the implementation that was asked for cannot work here.
+        """
+        self.gradients, self.shards = gradients, gradients.shards
+        on_gpu = self.shards[0].master.device.type == "cuda"
+        self.who = str(choose_implementation(cfg, on_gpu=on_gpu))
+        self.groups: list[dict[str, Any]] = [
+            {"params": [s.master for s in self.shards if len(s.shape) > 1], "weight_decay": cfg.weight_decay},
+            {"params": [s.master for s in self.shards if len(s.shape) == 1], "weight_decay": 0.0},
+        ]
+        options: dict[str, Any] = {"lr": cfg.lr, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}
+        self.state: Mapping[Tensor, dict[str, Any]] = {shard.master: {} for shard in self.shards}
+        self.copies = {s.master: s.parameter.detach() for s in self.shards if s.is_copied}
+        self.library: torch.optim.Optimizer | None = None
+        match self.who:
+            case "kernel":
+                self.groups = [options | group for group in self.groups]
+            case "apex":
+                from apex.optimizers import FusedAdam
+
+                self.library = FusedAdam(self.groups, adam_w_mode=True, **options)
+            case "torch":
+                self.library = torch.optim.AdamW(self.groups, fused=True, **options)
+            case _:
+                self.library = build_cpu_adam(self.groups, **options)
+        if self.library is not None:
+            self.groups, self.state = self.library.param_groups, self.library.state
+        for shard in self.shards:
+            self.state[shard.master].update({m: torch.zeros_like(shard.master) for m in MOMENTS})
+        self.set_step(0)
+        log.info("optimizer: AdamW by %s", self.who)
+
+    def step(self, clip: float = 1.0) -> None:
+        """Step once on the gradients times `clip`; the model computes with the new values."""
+        if self.library is None:
+            for group in self.groups:
+                self._step_by_kernel(group, clip)
+            return
+        if clip != 1:
+            self.gradients.scale(clip)
+        self.library.step()
+        publish(self.shards)
 
     @torch.no_grad()
-    def step(self, closure: None = None, *, clip: Tensor | None = None) -> None:  # type: ignore[override]
-        """Update all masters and their copies from the gradients times `clip`, an fp32 scalar."""
-        for group in self.param_groups:
-            group["step"] += 1
-            beta1, beta2 = group["betas"]
-            hyper = Hyperparameters(
-                group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["step"]
-            )
-            moving = [
-                Moving(p, p.grad, self.state[p]["exp_avg"], self.state[p]["exp_avg_sq"], self.copies.get(p))
-                for p in group["params"]
-            ]
-            if moving:
-                adamw(moving, moving[0].master.new_ones(()) if clip is None else clip, hyper)
+    def _step_by_kernel(self, group: dict[str, Any], clip: float) -> None:
+        group["step"] += 1
+        beta1, beta2 = group["betas"]
+        hyper = Hyperparameters(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["step"])
+        moving = []
+        for p in group["params"]:
+            first, second = (self.state[p][m] for m in MOMENTS)
+            moving.append(Moving(p, p.grad, first, second, self.copies.get(p)))
+        if moving:
+            adamw(moving, moving[0].master.new_full((), clip), hyper)
+
+    def set_lr(self, lr: float) -> None:
+        """Use this learning rate from the next step on."""
+        for group in self.groups:
+            group["lr"] = lr
+
+    def moments(self, shards: Sequence[Shard]) -> dict[str, Tensor]:
+        """Return `exp_avg.NAME` and `exp_avg_sq.NAME` of these shards, each [local shape] fp32."""
+        return {f"{m}.{s.name}": self.state[s.master][m] for s in shards for m in MOMENTS}
+
+    def set_step(self, step: int) -> None:
+        """Set the number of optimizer steps that the moments have seen."""
+        if self.who in ("kernel", "apex"):  # they count by group, the others by tensor
+            for group in self.groups:
+                group["step"] = step
+            return
+        for shard in self.shards:
+            count = torch.tensor(float(step), device=shard.master.device) if self.who == "torch" else step
+            self.state[shard.master]["step"] = count
 
 
-def build_optimizer(shards: Sequence[Shard], cfg: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW with two parameter groups (matrices decay, norm weights do not), its moments at zero."""
-    groups = [
-        {"params": [s.master for s in shards if len(s.shape) > 1], "weight_decay": cfg.weight_decay},
-        {"params": [s.master for s in shards if len(s.shape) == 1], "weight_decay": 0.0},
-    ]
-    optimizer: torch.optim.Optimizer
-    options: dict[str, Any] = {"lr": cfg.lr, "betas": (cfg.beta1, cfg.beta2), "eps": cfg.eps}
-    device = shards[0].master.device
-    reason = _why_not_apex(device)
+def choose_implementation(cfg: OptimizerConfig, *, on_gpu: bool) -> Implementation | str:
+    """Choose who computes the step.
+
+    Args:
+        on_gpu: whether the masters are.
+
+    Raises:
+        ValueError: what was asked for needs a GPU or apex.
+    """
+    asked = cfg.implementation
     if cfg.offload is Offload.cpu:
-        log.info("optimizer: DeepSpeed CPU Adam (optimizer.offload=cpu)")
-        optimizer = build_cpu_adam(groups, **options)
-    elif reason is None:
-        from apex.optimizers import FusedAdam
-
-        log.info("optimizer: apex FusedAdam")
-        optimizer = FusedAdam(groups, adam_w_mode=True, **options)
-    elif device.type == "cuda":
-        log.info("optimizer: fused AdamW (%s)", reason)
-        optimizer = FusedAdamW(groups, shards, **options)
-    else:
-        log.info("optimizer: torch fused AdamW (%s)", reason)
-        optimizer = torch.optim.AdamW(groups, fused=True, **options)
-    for shard in shards:
-        optimizer.state[shard.master].update({m: torch.zeros_like(shard.master) for m in MOMENTS})
-    set_step(optimizer, shards, 0)
-    return optimizer
-
-
-def clipped_step(optimizer: torch.optim.Optimizer, gradients: Gradients, clip: Tensor) -> None:
-    """One step on the gradients times `clip`, an fp64 scalar; the model computes with the new values."""
-    if isinstance(optimizer, FusedAdamW):
-        optimizer.step(clip=clip.float())
-        return
-    factor = clip.item()
-    if factor != 1:
-        gradients.scale(factor)
-    optimizer.step()
-    publish(gradients.shards)
-
-
-def _why_not_apex(device: torch.device) -> str | None:
-    """Why NVIDIA apex cannot be used; None if it can."""
-    if device.type != "cuda":
-        return "apex needs CUDA"
-    if importlib.util.find_spec("apex") is None:
-        return "apex is not installed"
-    if importlib.util.find_spec("amp_C") is None:
-        return "apex is installed without its CUDA kernels"
-    return None
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use this learning rate in the next step."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def moments(optimizer: torch.optim.Optimizer, shards: Sequence[Shard]) -> dict[str, Tensor]:
-    """`exp_avg.NAME` and `exp_avg_sq.NAME` of every shard, each [local shape] fp32."""
-    return {f"{m}.{s.name}": optimizer.state[s.master][m] for s in shards for m in MOMENTS}
-
-
-def set_step(optimizer: torch.optim.Optimizer, shards: Sequence[Shard], step: int) -> None:
-    """Set the number of optimizer steps that the moments have seen."""
-    if type(optimizer).__name__ in ("FusedAdam", "FusedAdamW"):  # they count by group, the others by tensor
-        for group in optimizer.param_groups:
-            group["step"] = step
-        return
-    is_torch = isinstance(optimizer, torch.optim.AdamW)
-    for shard in shards:
-        count = torch.tensor(float(step), device=shard.master.device) if is_torch else step
-        optimizer.state[shard.master]["step"] = count
+        return "DeepSpeed's CPU Adam"
+    if asked is Implementation.auto:
+        return Implementation.kernel if on_gpu else Implementation.torch
+    if asked is not Implementation.torch and not on_gpu:
+        raise ValueError(f"optimizer.implementation={asked} needs a GPU; use auto or torch")
+    lacks = [name for name in ("apex", "amp_C") if importlib.util.find_spec(name) is None]
+    if asked is Implementation.apex and lacks:
+        what = "is not installed" if "apex" in lacks else "is installed without its CUDA kernels"
+        raise ValueError(f"optimizer.implementation=apex: apex {what}; build it from source, or use auto")
+    return asked

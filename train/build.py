@@ -21,7 +21,7 @@ from parallel.collectives import Axis
 from parallel.gradients import Gradients
 from parallel.launch import launcher_grace_s
 from parallel.mesh import Mesh
-from parallel.optimizer import build_optimizer
+from parallel.optimizer import AdamW, choose_implementation
 from parallel.pipeline import Pipeline, SingleStage
 from parallel.placement import Shard
 from train.checkpoint.contents import Resume, SaveMode, own_boxes
@@ -59,7 +59,7 @@ class Run:
     """This rank's part of every parameter."""
     gradients: Gradients
     """Where the gradients of all shards meet."""
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     loader: Prefetcher
     held_out: Callable[[RunConfig], list[Batch]]
     """This rank's held-out rows, the same for every time that a stage evaluates."""
@@ -114,6 +114,7 @@ def build_run(
     """
     cfg = stage.cfg
     with user_errors():
+        choose_implementation(cfg.optimizer, on_gpu=mesh.device.type == "cuda")  # before anything is large
         loader, held_out = build_data(stages, stage, mesh, stop)
     progress, health = RunProgress(), Health(cfg.health)
     if start.resumed is not None:
@@ -124,7 +125,7 @@ def build_run(
     if mesh.rank == 0 and cfg.checkpoint.resume is Resume.never:
         set_results_aside(Path(cfg.run_dir))
     parts, shards, gradients = build_model(cfg, mesh)
-    optimizer = build_optimizer(shards, cfg.optimizer)
+    optimizer = AdamW(gradients, cfg.optimizer)
     biases = router_biases(parts)
     load_start(start, shards=shards, optimizer=optimizer, biases=biases, world=mesh.world)
     for doubt in doubts(stages) if mesh.rank == 0 else []:
@@ -146,7 +147,7 @@ def build_run(
 
 
 def load_start(
-    start: Start, *, shards: list[Shard], optimizer: torch.optim.Optimizer, biases: dict[str, Tensor],
+    start: Start, *, shards: list[Shard], optimizer: AdamW, biases: dict[str, Tensor],
     world: Axis,
 ) -> None:  # fmt: skip
     """Read what the run starts from into this rank's part of it; nothing if it starts from scratch."""

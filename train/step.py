@@ -13,7 +13,6 @@ from data.packing import Batch
 from parallel.collectives import all_reduce_sum
 from parallel.context import zigzag
 from parallel.gradients import clip_factor
-from parallel.optimizer import clipped_step, set_lr
 from parallel.pipeline import MicroBatch
 from train.build import Run
 from train.guard.integrity import digests, some
@@ -61,10 +60,10 @@ def train_step(run: Run, batches: Sequence[Batch]) -> StepResult:
     progress.advance(cfg.batch.global_tokens, skipped=verdict.skipped)
     lr = run.stage.lr_at(progress.tokens, run.total_tokens)
     if not verdict.skipped:
-        set_lr(run.optimizer, lr)
+        run.optimizer.set_lr(lr)
         max_norm = min(cfg.optimizer.max_grad_norm, verdict.norm_limit)
         with run.clock.section(Section.optimizer):
-            clipped_step(run.optimizer, run.gradients, clip_factor(sums[1], max_norm))
+            run.optimizer.step(clip_factor(grad_norm, max_norm))
         for router in run.routers:
             router.end_step()
     elif not math.isfinite(loss_sum + grad_norm):

@@ -16,8 +16,7 @@ from torch import Tensor
 from model.config import ModelConfig, RouterConfig
 from parallel.config import ParallelConfig, Schedule
 from parallel.mesh import init_mesh
-from parallel.optimizer import OptimizerConfig, build_optimizer, moments
-from parallel.placement import publish
+from parallel.optimizer import AdamW, OptimizerConfig
 from tests.support.dist import run_distributed
 from tests.support.layout_cases import (
     Built,
@@ -134,10 +133,9 @@ def compare_bf16(rank: int, text: str) -> None:
     assert abs(actual / expected - 1) < 2e-3
     assert all(shard.master.grad.dtype == torch.float32 for shard in whole.shards + parts.shards)
     assert squares == pytest.approx(whole.gradients.square_sum().item(), rel=5e-2)
-    optimizer = build_optimizer(whole.shards, OptimizerConfig(lr=1e-5))
+    optimizer = AdamW(whole.gradients, OptimizerConfig(lr=1e-5))
     before = [shard.master.clone() for shard in whole.shards]
     optimizer.step()
-    publish(whole.shards)
     for old, shard in zip(before, whole.shards, strict=True):
         assert not torch.equal(old, shard.master)  # a step far below bf16's resolution is kept
         assert torch.equal(shard.parameter, shard.master.to(shard.parameter.dtype))
@@ -160,7 +158,7 @@ def saved_in(folder: Path) -> Path:
 def state(built: Built) -> dict[str, Tensor]:
     """Weights and both moments that this rank holds."""
     weights = {f"model.{shard.name}": shard.master for shard in built.shards}
-    return weights | moments(built.optimizer, built.shards)
+    return weights | built.optimizer.moments(built.shards)
 
 
 def unequal(mine: Built, full: dict[str, Tensor]) -> list[str]:

@@ -11,9 +11,9 @@ from parallel.config import Offload, ParallelConfig, Recompute, Schedule
 from parallel.context import zigzag
 from parallel.gradients import Gradients
 from parallel.mesh import Mesh, init_mesh, one_process
-from parallel.optimizer import OptimizerConfig, build_optimizer
+from parallel.optimizer import AdamW, OptimizerConfig
 from parallel.pipeline import MicroBatch, SingleStage
-from parallel.placement import Shard, publish
+from parallel.placement import Shard
 from parallel.zero import copy_for_compute
 from tests.support.dist import run_distributed
 from tests.support.layout_cases import TINY
@@ -37,7 +37,7 @@ def train(
     options = {"dtype": dtype, "seed": 3, "recompute": recompute, "offload": offload}
     shards, gradient_sums = parallelize(parts, mesh, cfg, **options)
     engine = SingleStage(parts[0], zero_stage=cfg.zero_stage)
-    optimizer = build_optimizer(shards, OptimizerConfig(lr=1e-2, eps=1e-6, offload=offload))
+    optimizer = AdamW(gradient_sums, OptimizerConfig(lr=1e-2, eps=1e-6, offload=offload))
     losses, gradients = [], {}
     rows = slice(mesh.dp.rank * ROWS // mesh.dp.size, (mesh.dp.rank + 1) * ROWS // mesh.dp.size)
     for step in range(steps):
@@ -52,7 +52,6 @@ def train(
         gradient_sums.collect()
         gradients = {shard.name: shard.master.grad.clone() for shard in shards}
         optimizer.step()
-        publish(shards)
         gradient_sums.drop()
     check_memory(shards, offload)
     return losses, gradients, [router.load.tolist() for router in parts[0].routers()]

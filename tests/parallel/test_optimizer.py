@@ -2,23 +2,16 @@
 
 import importlib.util
 import logging
+import math
 
 import pytest
 import torch
 from torch import nn
 
+from parallel.config import Offload
 from parallel.gradients import Gradients, clip_factor
 from parallel.mesh import one_process
-from parallel.optimizer import (
-    FusedAdamW,
-    OptimizerConfig,
-    _why_not_apex,
-    build_optimizer,
-    clipped_step,
-    moments,
-    set_lr,
-    set_step,
-)
+from parallel.optimizer import AdamW, Implementation, OptimizerConfig, choose_implementation
 from parallel.placement import Shard
 
 alone = one_process(torch.device("cpu")).tp
@@ -32,17 +25,21 @@ def make_shards() -> list[Shard]:
     ]
 
 
+def build(shards: list[Shard], cfg: OptimizerConfig) -> AdamW:
+    return AdamW(Gradients(shards, alone), cfg)
+
+
 def test_step_is_adamw_and_norms_do_not_decay(caplog: pytest.LogCaptureFixture) -> None:
     shards = make_shards()
     cfg = OptimizerConfig(lr=1e-2, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.5)
     with caplog.at_level(logging.INFO):
-        optimizer = build_optimizer(shards, cfg)
-    assert caplog.messages == ["optimizer: torch fused AdamW (apex needs CUDA)"]
-    assert all(not tensor.any() for tensor in moments(optimizer, shards).values())
+        optimizer = build(shards, cfg)
+    assert caplog.messages == ["optimizer: AdamW by torch"]
+    assert all(not tensor.any() for tensor in optimizer.moments(shards).values())
     expected = [shard.master.clone() for shard in shards]
     first, second = ([torch.zeros_like(x) for x in expected] for _ in range(2))
     for step in (1, 2):
-        set_lr(optimizer, 1e-2 * step)
+        optimizer.set_lr(1e-2 * step)
         for i, shard in enumerate(shards):
             shard.master.grad = torch.randn_like(shard.master)
             g, decay = shard.master.grad, 0.5 if shard.name == "matrix" else 0.0
@@ -53,37 +50,35 @@ def test_step_is_adamw_and_norms_do_not_decay(caplog: pytest.LogCaptureFixture) 
         optimizer.step()
     for shard, value in zip(shards, expected, strict=True):
         torch.testing.assert_close(shard.master, value)
-    torch.testing.assert_close(moments(optimizer, shards)["exp_avg.matrix"], first[0])
+    torch.testing.assert_close(optimizer.moments(shards)["exp_avg.matrix"], first[0])
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1000.0])
-def test_fused_step_clips_and_publishes_as_separate_passes_do(max_norm: float) -> None:
+def test_fused_step_clips_and_publishes_as_separate_passes_do(
+    max_norm: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The GPU's optimizer, here through its twin, against torch's; one parameter has a bf16 copy."""
     cfg = OptimizerConfig(lr=1e-2, eps=1e-3, weight_decay=0.5)
     shards, plain = make_shards(), make_shards()
     for mine in (shards, plain):
         mine[0].parameter.data = mine[0].master.bfloat16()
-    expected = build_optimizer(plain, cfg)
-    groups = [
-        {"params": [s.master], "weight_decay": decay} for s, decay in zip(shards, (0.5, 0.0), strict=True)
-    ]
-    fused = FusedAdamW(groups, shards, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
-    for key, tensor in moments(expected, plain).items():
-        kind, _, name = key.partition(".")
-        (shard,) = (s for s in shards if s.name == name)
-        fused.state[shard.master][kind] = tensor.clone()
-    set_step(fused, shards, 7), set_step(expected, plain, 7)
+    expected = build(plain, cfg)
+    monkeypatch.setattr("parallel.optimizer.choose_implementation", lambda *_, **__: Implementation.kernel)
+    fused = build(shards, cfg)
+    for optimizer, which in ((fused, shards), (expected, plain)):
+        for number, tensor in enumerate(optimizer.moments(which).values(), start=1):
+            tensor.fill_(number)
+        optimizer.set_step(7)
     for step in range(3):
-        for mine, theirs in zip(shards, plain, strict=True):
-            mine.master.grad = torch.full_like(mine.master, 0.3 + step)
-            theirs.master.grad = mine.master.grad.clone()
         for optimizer, which in ((fused, shards), (expected, plain)):
-            sums = Gradients(which, alone)
-            clipped_step(optimizer, sums, clip_factor(sums.square_sum(), max_norm))
+            for shard in which:
+                shard.master.grad = torch.full_like(shard.master, 0.3 + step)
+            norm = math.sqrt(optimizer.gradients.square_sum().item())
+            optimizer.step(clip_factor(norm, max_norm))
     for mine, theirs in zip(shards, plain, strict=True):
         torch.testing.assert_close(mine.master, theirs.master)
         torch.testing.assert_close(mine.parameter, theirs.parameter)
-    torch.testing.assert_close(moments(fused, shards), moments(expected, plain))
+    torch.testing.assert_close(fused.moments(shards), expected.moments(plain))
     assert shards[0].parameter.dtype == torch.bfloat16
 
 
@@ -109,38 +104,64 @@ def test_values_that_spoil_the_weights_are_refused(key: str, value: float, rule:
 def test_restored_moments_and_step_continue_bitwise() -> None:
     gradients = [[torch.randn(3, 2), torch.randn(4)] for _ in range(4)]
 
-    def run(optimizer: torch.optim.Optimizer, shards: list[Shard], steps: range) -> None:
+    def run(optimizer: AdamW, shards: list[Shard], steps: range) -> None:
         for step in steps:
             for shard, gradient in zip(shards, gradients[step], strict=True):
                 shard.master.grad = gradient.clone()
             optimizer.step()
 
     shards = make_shards()
-    optimizer = build_optimizer(shards, OptimizerConfig())
+    optimizer = build(shards, OptimizerConfig())
     run(optimizer, shards, range(2))
     copies = [shard.master.clone() for shard in shards]
-    saved = {key: value.clone() for key, value in moments(optimizer, shards).items()}
+    saved = {key: value.clone() for key, value in optimizer.moments(shards).items()}
     run(optimizer, shards, range(2, 4))
 
     again = make_shards()
-    restored = build_optimizer(again, OptimizerConfig())
+    restored = build(again, OptimizerConfig())
     for shard, copy in zip(again, copies, strict=True):
         shard.master.copy_(copy)
-    for key, tensor in moments(restored, again).items():
+    for key, tensor in restored.moments(again).items():
         tensor.copy_(saved[key])
-    set_step(restored, again, 2)
+    restored.set_step(2)
     run(restored, again, range(2, 4))
     assert all(torch.equal(a.master, b.master) for a, b in zip(shards, again, strict=True))
 
 
 @pytest.mark.parametrize(
-    ("installed", "reason"),
-    [(set(), "apex is not installed"), ({"apex"}, "without its CUDA kernels"), ({"apex", "amp_C"}, None)],
+    ("given", "on_gpu", "chosen"),
+    [
+        ({}, True, "kernel"),
+        ({}, False, "torch"),
+        ({"implementation": Implementation.torch}, True, "torch"),
+        ({"implementation": Implementation.torch}, False, "torch"),
+        ({"implementation": Implementation.apex}, True, "apex"),
+        ({"offload": Offload.cpu}, False, "DeepSpeed's CPU Adam"),
+    ],
 )
-def test_apex_is_used_only_with_its_kernels(
-    installed: set[str], reason: str | None, monkeypatch: pytest.MonkeyPatch
+def test_choice(given: dict, on_gpu: bool, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """apex is used where it is asked for, and not because it is there."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert choose_implementation(OptimizerConfig(**given), on_gpu=on_gpu) == chosen
+
+
+@pytest.mark.parametrize(
+    ("asked", "on_gpu", "installed", "reason"),
+    [
+        ("kernel", False, set(), "optimizer.implementation=kernel needs a GPU; use auto or torch"),
+        ("apex", False, {"apex", "amp_C"}, "optimizer.implementation=apex needs a GPU"),
+        ("apex", True, set(), "apex is not installed; build it from source, or use auto"),
+        ("apex", True, {"apex"}, "apex is installed without its CUDA kernels"),
+    ],
+)
+def test_what_cannot_work_is_refused(
+    asked: str, on_gpu: bool, installed: set[str], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
-    found = _why_not_apex(torch.device("cuda"))
-    assert (found is None) if reason is None else (reason in str(found))
-    assert _why_not_apex(torch.device("cpu")) == "apex needs CUDA"
+    with pytest.raises(ValueError, match=reason):
+        choose_implementation(OptimizerConfig(implementation=Implementation(asked)), on_gpu=on_gpu)
+
+
+def test_an_implementation_cannot_be_chosen_for_the_host() -> None:
+    with pytest.raises(ValueError, match=r"implementation=torch must be auto with optimizer\.offload=cpu"):
+        OptimizerConfig(implementation=Implementation.torch, offload=Offload.cpu)

@@ -32,9 +32,9 @@ from parallel.config import MoEConfig, ParallelConfig, Recompute, Schedule
 from parallel.context import zigzag
 from parallel.gradients import Gradients
 from parallel.mesh import Mesh, init_mesh, one_process
-from parallel.optimizer import OptimizerConfig, build_optimizer
+from parallel.optimizer import AdamW, OptimizerConfig
 from parallel.pipeline import MicroBatch, Pipeline, SingleStage
-from parallel.placement import Shard, publish
+from parallel.placement import Shard
 from tests.support.dist import run_distributed
 from train.config import BatchConfig, Precision, RunConfig, TrainConfig
 
@@ -183,11 +183,11 @@ class Built:
     engine: SingleStage | Pipeline
     shards: list[Shard]
     gradients: Gradients
-    optimizer: torch.optim.Optimizer = field(init=False)
+    optimizer: AdamW = field(init=False)
 
     def __post_init__(self) -> None:
         """An optimizer for its shards."""
-        self.optimizer = build_optimizer(self.shards, OPTIMIZER)
+        self.optimizer = AdamW(self.gradients, OPTIMIZER)
 
     @property
     def routers(self) -> dict[int, Router]:
@@ -218,7 +218,6 @@ class Built:
     def update(self) -> None:
         """One optimizer step; gradients are gone after it."""
         self.optimizer.step()
-        publish(self.shards)
         self.gradients.drop()
         for router in self.routers.values():
             router.end_step()

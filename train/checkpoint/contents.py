@@ -10,11 +10,10 @@ from enum import StrEnum
 from functools import cache
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from parallel.mesh import Mesh
-from parallel.optimizer import moments
+from parallel.optimizer import AdamW
 from parallel.placement import Shard
 from train.checkpoint.restore import Verify
 from train.checkpoint.storage import Box
@@ -69,7 +68,7 @@ class CheckpointConfig:
 
 
 def own_boxes(
-    shards: Sequence[Shard], optimizer: torch.optim.Optimizer, biases: Mapping[str, Tensor], mesh: Mesh
+    shards: Sequence[Shard], optimizer: AdamW, biases: Mapping[str, Tensor], mesh: Mesh
 ) -> dict[str, Box]:
     """Choose what this rank writes: what several ranks hold alike, the first of them writes.
 
@@ -80,11 +79,11 @@ def own_boxes(
 
 
 def state_boxes(
-    shards: Sequence[Shard], optimizer: torch.optim.Optimizer | None, biases: Mapping[str, Tensor]
+    shards: Sequence[Shard], optimizer: AdamW | None, biases: Mapping[str, Tensor]
 ) -> dict[str, Box]:
     """List this rank's part of all that is saved as tensors: weights, moments, biases of the routers."""
     boxes = {f"model.{s.name}": Box(s.master, s.shape, s.offset) for s in shards}
-    state = {} if optimizer is None else moments(optimizer, shards)
+    state = {} if optimizer is None else optimizer.moments(shards)
     for key, tensor in state.items():
         boxes[key] = replace(boxes[f"model.{key.partition('.')[2]}"], tensor=tensor)
     return boxes | {key: Box.whole(bias) for key, bias in biases.items()}

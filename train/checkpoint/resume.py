@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parallel.collectives import Axis, all_gather_values, all_reduce_sum, from_leader
-from parallel.optimizer import set_step
+from parallel.optimizer import AdamW
 from parallel.placement import Shard, publish
 from train.checkpoint.contents import CheckpointConfig, Resume, state_boxes
 from train.checkpoint.manifest import Manifest, read_manifest, show
@@ -185,7 +185,7 @@ def _set_rejected_aside(rejected: Mapping[Path, Sequence[str]]) -> None:
 
 
 def load_checkpoint(
-    manifest: Manifest, *, shards: Sequence[Shard], optimizer: torch.optim.Optimizer,
+    manifest: Manifest, *, shards: Sequence[Shard], optimizer: AdamW,
     biases: Mapping[str, Tensor], world: Axis,
 ) -> None:  # fmt: skip
     """Fill weights, moments and router biases from a checkpoint of any layout.
@@ -194,7 +194,7 @@ def load_checkpoint(
         NoCheckpointError: a tensor is not there or not readable; on every rank.
     """
     _read_together(manifest, state_boxes(shards, optimizer, biases), world)
-    set_step(optimizer, shards, manifest.facts["progress"]["optimizer_steps"])
+    optimizer.set_step(manifest.facts["progress"]["optimizer_steps"])
     publish(shards)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from parallel.collectives import all_gather, all_gather_values, all_reduce_sum
 from parallel.mesh import Mesh
-from parallel.optimizer import moments
+from parallel.optimizer import AdamW
 from parallel.placement import Shard
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class StateGuard:
     """Remembers the hashes of this rank's masters, moments and router biases from one update to the next."""
 
     def __init__(
-        self, shards: Sequence[Shard], optimizer: torch.optim.Optimizer, biases: Mapping[str, Tensor],
+        self, shards: Sequence[Shard], optimizer: AdamW, biases: Mapping[str, Tensor],
         mesh: Mesh, *, every: int | None,
     ) -> None:  # fmt: skip
         """Hash every so many steps; None = never."""
@@ -93,7 +93,7 @@ class StateGuard:
 
     def _state(self) -> dict[str, Tensor]:
         masters = {f"model.{shard.name}": shard.master for shard in self.shards}
-        return masters | moments(self.optimizer, self.shards) | dict(self.biases)
+        return masters | self.optimizer.moments(self.shards) | dict(self.biases)
 
     def _hashes(self) -> Tensor:
         return digests(self._state().values()).to(self.mesh.device)
