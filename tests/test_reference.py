@@ -101,7 +101,8 @@ def exit_codes() -> set[int]:
     given = [
         part.value for call in ends for part in ast.walk(call.args[-1]) if isinstance(part, ast.Constant)
     ]
-    assert ends and given
+    assert ends
+    assert given
     return {HANG_CODE, *EXIT_CODES.values(), *given}
 
 
@@ -124,7 +125,8 @@ def test_commands_have_the_options_that_are_listed(program: str) -> None:
 
 def test_targets_of_make_are_listed() -> None:
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
-    assert targets and set(rows("commands.md", "## `make`")) == set(targets[1].split())
+    assert targets
+    assert set(rows("commands.md", "## `make`")) == set(targets[1].split())
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs" / "design").glob("*.md")), ids=lambda page: page.name)

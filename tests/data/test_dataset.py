@@ -83,7 +83,8 @@ def test_manifest_describes_the_files(tmp_path: Path) -> None:
     ) as writer:
         writer.add(np.array([42, 0]))
     manifest = TokenDataset(tmp_path / "d").manifest
-    assert manifest is not None and manifest == json.loads((tmp_path / "d.json").read_text())
+    assert manifest is not None
+    assert manifest == json.loads((tmp_path / "d.json").read_text())
     expected = {"format": 1, "documents": 1, "tokens": 2, "max_token_id": 42, "vocab_size": 100, "eos_id": 0}
     assert manifest.items() >= (expected | {"dtype": "uint16", "source": "a b"}).items()
     for key, name in (("bin", "d.bin"), ("idx", "d.idx"), ("tokenizer", "d.tokenizer.json")):
@@ -126,9 +127,14 @@ def test_changed_byte_in_a_sampled_block_is_noticed(tmp_path: Path) -> None:
 def test_crash_while_writing_leaves_the_old_files_and_no_others(tmp_path: Path) -> None:
     write(tmp_path / "d", DOCUMENTS)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(KeyboardInterrupt), DatasetWriter(tmp_path / "d", vocab_size=100) as writer:
-        writer.add(np.array([1]))
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with DatasetWriter(tmp_path / "d", vocab_size=100) as writer:
+            writer.add(np.array([1]))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -86,7 +86,8 @@ def test_state_is_not_touched_by_later_steps(sources: Sources) -> None:
     loader = build(sources)
     state = loader.state_dict()
     loader.next_step()
-    assert state == build(sources).state_dict() and state["positions"] == [0, 0]
+    assert state == build(sources).state_dict()
+    assert state["positions"] == [0, 0]
     other = build(sources)
     other.load_state_dict(state)
     other.next_step()
@@ -100,7 +101,8 @@ def test_row_length_may_change_without_losing_or_repeating_tokens(make_dataset: 
     short.load_state_dict(long.state_dict())
     seen += [row[:24] for row in rows_of(short, 3)]
     counts = Counter(token for row in seen for token in row)
-    assert len(counts) == 8 * 49 + 24 * 24 and set(counts.values()) == {1}
+    assert len(counts) == 8 * 49 + 24 * 24
+    assert set(counts.values()) == {1}
 
 
 def test_epoch_trains_on_each_document_once_and_eval_on_the_rest(make_dataset: MakeDataset) -> None:
@@ -135,12 +137,14 @@ def test_changed_weights_hold_from_the_next_row_on(sources: Sources) -> None:
     changed.load_state_dict(loader.state_dict())
     changed.next_step()
     before, after = loader.state_dict()["source_tokens"], changed.state_dict()["source_tokens"]
-    assert before == [28 * 17, 12 * 17] and after == [30 * 17, 18 * 17]
+    assert before == [28 * 17, 12 * 17]
+    assert after == [30 * 17, 18 * 17]
 
 
 def test_micro_batches_of_a_step_have_offsets_of_one_width(sources: Sources) -> None:
     batches = build(sources).next_step()
-    assert len(batches) == 8 and all(isinstance(batch, Batch) for batch in batches)
+    assert len(batches) == 8
+    assert all(isinstance(batch, Batch) for batch in batches)
     assert len({batch.offsets.shape for batch in batches}) == 1
     assert all(batch.offsets[0, -1] == 16 for batch in batches)
 
@@ -282,7 +286,8 @@ def test_best_fit_gives_every_token_once(
             for low, high in pairwise(offset for offset in offsets if offset <= length):
                 assert targets[low:high] == [token + 1 for token in tokens[low:high]]
                 seen.update([*tokens[low:high], targets[high - 1]])
-            assert set(tokens[length:]) <= {0} and set(targets[length:]) <= {NO_TARGET}
+            assert set(tokens[length:]) <= {0}
+            assert set(targets[length:]) <= {NO_TARGET}
     epochs = -(-loader.state_dict()["positions"][0] // dataset.num_tokens)
     assert max(seen.values(), default=0) <= epochs
     assert sum(seen.values()) == loader.state_dict()["taken"][0]
@@ -300,7 +305,8 @@ def test_tokens_that_are_no_targets(make_dataset: MakeDataset, packing: Packing)
         hidden = torch.isin(a.targets, torch.tensor([4, 13, 25, 28, 6, 7]))
         ends_seen += int(hidden.sum())
         assert torch.equal(b.targets, a.targets.masked_fill(hidden, NO_TARGET))
-        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.offsets, b.offsets)
+        assert torch.equal(a.tokens, b.tokens)
+        assert torch.equal(a.offsets, b.offsets)
     assert ends_seen > 10
 
 
@@ -309,7 +315,8 @@ def test_counts_are_since_the_last_read(sources: Sources) -> None:
     batches = loader.next_step() + loader.next_step()
     counts = loader.read_counts()
     assert counts.real_tokens == sum(int(batch.lengths.sum()) for batch in batches)
-    assert counts.real_tokens + counts.padding_tokens == 16 * 16 and counts.padding_fraction > 0
+    assert counts.real_tokens + counts.padding_tokens == 16 * 16
+    assert counts.padding_fraction > 0
     assert sum(counts.source_tokens) == sum(counts.bucket_tokens) == sum(loader.state_dict()["taken"])
     assert loader.read_counts() == Counts()
     loader.next_step()

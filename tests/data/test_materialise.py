@@ -62,7 +62,8 @@ def decoded(prefix: str) -> list[str]:
 def test_it_writes_what_prepare_data_would(make_config: MakeConfig, tmp_path: Path, tokenizer: Path) -> None:
     seen: list[int] = []
     prefix = materialise(make_config(), 0, seen.append)
-    assert seen == [100, 200, 250] and decoded(prefix) == TEXTS
+    assert seen == [100, 200, 250]
+    assert decoded(prefix) == TEXTS
     options = ["--input", f"{tmp_path}/*.jsonl", "--tokenizer", str(tokenizer), "--workers", "1"]
     assert main([*options, "--output", f"{tmp_path}/d"]) == 0
     for suffix in ("bin", "idx", "tokenizer.json", "quarantine.jsonl"):
@@ -73,7 +74,8 @@ def test_it_writes_what_prepare_data_would(make_config: MakeConfig, tmp_path: Pa
 
 def test_prepared_files_are_taken_as_they_are(tmp_path: Path) -> None:
     cfg = DataConfig(sources=[SourceConfig(path="no/such")], cache_dir=str(tmp_path / "cache"))
-    assert write(cfg) == "no/such" and not (tmp_path / "cache").exists()
+    assert write(cfg) == "no/such"
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_second_time_nothing_is_read(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +109,8 @@ def test_all_that_decides_the_content_is_in_the_fingerprint(
         case "FORMAT":
             monkeypatch.setattr("data.materialise.FORMAT", 2)
     second = write(cfg)
-    assert second != first and len(list((tmp_path / "cache").iterdir())) == 2
+    assert second != first
+    assert len(list((tmp_path / "cache").iterdir())) == 2
     if change != "FORMAT":
         assert TokenDataset(second).fingerprint != TokenDataset(first).fingerprint
     if change == "max_documents":
@@ -128,9 +131,12 @@ def test_killed_while_writing_nothing_is_half_there(make_config: MakeConfig, tmp
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     (left,) = (tmp_path / "cache").iterdir()
-    assert left.name.startswith(".") and [*left.rglob("*.partial")] and not [*left.rglob("*.json")]
+    assert left.name.startswith(".")
+    assert [*left.rglob("*.partial")]
+    assert not [*left.rglob("*.json")]
     prefix = write(cfg)
-    assert decoded(prefix) == TEXTS and [*(tmp_path / "cache").iterdir()] == [Path(prefix).parent]
+    assert decoded(prefix) == TEXTS
+    assert [*(tmp_path / "cache").iterdir()] == [Path(prefix).parent]
 
 
 def test_text_that_changes_meanwhile_is_not_kept(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -149,7 +155,8 @@ def test_of_two_runs_at_once_the_faster_one_wins(make_config: MakeConfig, tmp_pa
     def overtake(documents: int) -> None:
         faster.append(write(cfg))
 
-    assert materialise(cfg, 0, overtake) == faster[0] and decoded(faster[0]) == TEXTS
+    assert materialise(cfg, 0, overtake) == faster[0]
+    assert decoded(faster[0]) == TEXTS
     assert [*(tmp_path / "cache").iterdir()] == [Path(faster[0]).parent]
 
 
@@ -170,7 +177,8 @@ def test_a_named_dataset_is_streamed(
     monkeypatch.setattr(datasets, "load_dataset_builder", from_file)
     named = {"dataset": "owner/name:small@v1", "split": "test"}
     first = write(make_config(**named))
-    assert decoded(first) == ["one", "two"] and calls == [("owner/name", "small", "v1")]
+    assert decoded(first) == ["one", "two"]
+    assert calls == [("owner/name", "small", "v1")]
     quarantined = json.loads(Path(f"{first}.quarantine.jsonl").read_text())
     assert (quarantined["file"], quarantined["line"]) == (named["dataset"], 2)
     assert not [path for path in (tmp_path / "hf").rglob("*") if path.suffix == ".arrow"]  # no copy was made
@@ -207,7 +215,8 @@ def test_a_cap_ends_the_stream(make_config: MakeConfig, monkeypatch: pytest.Monk
     endless = Endless()
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args, **options: endless)
     prefix = write(make_config(dataset="name", max_documents=BATCH + 5))
-    assert decoded(prefix)[-1] == f"number {BATCH + 5}" and endless.read == BATCH + 5
+    assert decoded(prefix)[-1] == f"number {BATCH + 5}"
+    assert endless.read == BATCH + 5
 
 
 def test_a_stream_that_breaks_leaves_nothing(
@@ -219,7 +228,8 @@ def test_a_stream_that_breaks_leaves_nothing(
         ValueError, match=r"dataset name: .*\(ConnectionError: the line is dead\); check"
     ) as e:
         write(make_config(dataset="name"))
-    assert "\n" not in str(e.value) and not [*(tmp_path / "cache").iterdir()]
+    assert "\n" not in str(e.value)
+    assert not [*(tmp_path / "cache").iterdir()]
 
 
 def test_what_cannot_be_used_is_named(

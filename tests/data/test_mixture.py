@@ -45,7 +45,9 @@ def test_share_of_a_bucket_without_documents_is_refused() -> None:
 
 def test_fine_weights_are_rounded_but_none_vanishes() -> None:
     shares = unit_shares(Mixture((1e-30, 1 / 3, 0.0, 2 / 3)), [unit(i) for i in range(4)])
-    assert shares[0] == 1 and shares[2] == 0 and sum(shares) <= FINEST + 4
+    assert shares[0] == 1
+    assert shares[2] == 0
+    assert sum(shares) <= FINEST + 4
     assert shares[3] / shares[1] == pytest.approx(2, rel=1e-12)
 
 

@@ -53,11 +53,13 @@ def test_offsets_are_the_starts_of_the_documents_then_padding(case: tuple[list[i
     assert batch.offsets.dtype == batch.lengths.dtype == torch.int32
     assert batch.tokens.dtype == batch.targets.dtype == torch.int64
     for tokens, offsets in zip(batch.tokens.numpy(), batch.offsets.tolist(), strict=True):
-        assert offsets[0] == 0 and offsets[-1] == row_tokens
+        assert offsets[0] == 0
+        assert offsets[-1] == row_tokens
         bounds = offsets[: offsets.index(row_tokens) + 1]
         assert set(offsets[len(bounds) :]) <= {row_tokens}
         for begin, end in pairwise(bounds):
-            assert begin < end and len(set(owner[tokens[begin:end]])) == 1
+            assert begin < end
+            assert len(set(owner[tokens[begin:end]])) == 1
         assert len(bounds) - 1 == len(set(owner[tokens]))
 
 
@@ -77,7 +79,8 @@ def test_document_that_starts_at_the_extra_token_is_no_target_and_no_offset() ->
 
 def test_batch_moves_as_a_whole() -> None:
     batch = stack_rows([pack(np.array([1, 2]), np.array([0]))]).to("meta")
-    assert isinstance(batch, Batch) and all(tensor.is_meta for tensor in batch)
+    assert isinstance(batch, Batch)
+    assert all(tensor.is_meta for tensor in batch)
 
 
 @given(st.lists(st.integers(2, 9), min_size=1, max_size=8), st.integers(0, 5))
@@ -85,7 +88,8 @@ def test_whole_documents_then_padding(counts: list[int], padding: int) -> None:
     row_tokens = sum(counts) - len(counts) + padding
     tokens, labels = np.arange(sum(counts)), 1000 + np.arange(sum(counts))
     row = pack_documents(tokens, labels, lengths=np.array(counts), row_tokens=row_tokens)
-    assert row.length == row_tokens - padding and len(row.tokens) == len(row.targets) == row_tokens
+    assert row.length == row_tokens - padding
+    assert len(row.tokens) == len(row.targets) == row_tokens
     bounds = list(pairwise(row.offsets.tolist()))
     assert len(bounds) == len(counts) + (padding > 0)
     begin = 0
@@ -93,7 +97,8 @@ def test_whole_documents_then_padding(counts: list[int], padding: int) -> None:
         assert row.tokens[low:high].tolist() == list(range(begin, begin + count - 1))
         assert row.targets[low:high].tolist() == list(range(1001 + begin, 1000 + begin + count))
         begin += count
-    assert not row.tokens[row.length :].any() and (row.targets[row.length :] == NO_TARGET).all()
+    assert not row.tokens[row.length :].any()
+    assert (row.targets[row.length :] == NO_TARGET).all()
     assert row.offsets[-1] == row_tokens
 
 

@@ -69,10 +69,12 @@ def test_no_token_is_lost_or_doubled_except_as_counted(case: dict[str, Any]) -> 
         total.add(counts)
         assert counts.real_tokens + counts.padding_tokens == len(rows) * row_tokens
         filled = [sum(piece.length - 1 for piece in row) for row in rows]
-        assert max(filled) <= row_tokens and sum(filled) == counts.real_tokens
+        assert max(filled) <= row_tokens
+        assert sum(filled) == counts.real_tokens
         assert best_fit or min(filled) == row_tokens
         for unit, position, length in (piece for row in rows for piece in row):
-            assert length > 1 and (not best_fit or planner._units[unit].order.find(position)[1] >= length)
+            assert length > 1
+            assert not best_fit or planner._units[unit].order.find(position)[1] >= length
             places.setdefault(unit, []).append((position, position + length))
     state = planner.state_dict()
     taken = sum(end - begin for spans in places.values() for begin, end in spans)
@@ -214,7 +216,8 @@ def test_shares_of_the_paper_within_one_percent(packing: Packing) -> None:
     assert total == found[5:].sum() > 0.98e9
     off, seconds = np.abs(found - expected).max() / total, time.perf_counter() - began
     print(f"{packing}: shares off by {off:.3%} of all tokens, on the way by {drift:.3%}; {seconds:.1f} s")
-    assert off < 0.01 and drift < 0.01
+    assert off < 0.01
+    assert drift < 0.01
 
 
 def test_exhausted_units_leave_the_bucket_shares_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -231,19 +234,25 @@ def test_exhausted_units_leave_the_bucket_shares_alone(caplog: pytest.LogCapture
     shares = np.array(total.bucket_tokens) / sum(total.bucket_tokens)
     assert abs(shares - [0.25, 0.75]).max() < 0.01
     warnings = [record.getMessage() for record in caplog.records]
-    assert len(warnings) == 2 and all("data.sources[0] (small)" in text for text in warnings)
+    assert len(warnings) == 2
+    assert all("data.sources[0] (small)" in text for text in warnings)
 
 
 def test_an_exhausted_bucket_leaves_its_share_to_all_and_then_the_run_ends() -> None:
     sources = [SourceConfig(path="a", max_epochs=1.0)]
     planner = planner_of([[50] * 10 + [5] * 1000], sources=sources, length_bounds=[20], window=1, **MODES[1])
     mixture, total = Mixture((1.0,), (0.5, 0.5)), Counts()
+
+    def plan_all() -> None:
+        for _ in range(1000):
+            total.add(planner.plan(64, 1, mixture).counts)
+
     with pytest.raises(
         ValueError, match=r"given all of its max_epochs; raise data\.sources\[\*\]\.max_epochs"
     ):
-        for _ in range(1000):
-            total.add(planner.plan(64, 1, mixture).counts)
-    assert total.bucket_tokens[1] == 500 and 4920 <= total.bucket_tokens[0] < 5000, "all but a row"
+        plan_all()
+    assert total.bucket_tokens[1] == 500, "all but a row"
+    assert 4920 <= total.bucket_tokens[0] < 5000, "all but a row"
 
 
 @pytest.mark.parametrize("packing", list(Packing))
@@ -288,4 +297,5 @@ def test_planning_takes_little_time() -> None:
         planner.plan(row_tokens, num_rows, Mixture((1.0,)))
         milliseconds[row_tokens] = round(1000 * (time.process_time() - began) / num_rows, 2)
     print(f"milliseconds to plan a row: {milliseconds}")
-    assert milliseconds[8192] < 5 and milliseconds[1_048_576] < 250, "ten times what it should take"
+    assert milliseconds[8192] < 5, "ten times what it should take"
+    assert milliseconds[1_048_576] < 250, "ten times what it should take"

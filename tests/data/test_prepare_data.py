@@ -50,7 +50,8 @@ def decoded(prefix: Path) -> list[str]:
     for document, length in enumerate(dataset.document_lengths):
         tokens = np.empty(length, np.int64)
         dataset.read(document, 0, tokens)
-        assert tokens[-1] == dataset.manifest["eos_id"] and dataset.manifest["eos_id"] not in tokens[:-1]
+        assert tokens[-1] == dataset.manifest["eos_id"]
+        assert dataset.manifest["eos_id"] not in tokens[:-1]
         texts.append(tokenizer.decode(tokens[:-1].tolist()))
     return texts
 
@@ -89,7 +90,8 @@ def test_every_kind_of_file_gives_the_texts_in_order_whatever_the_workers(
     for workers in ("1", "2"):
         assert run(pattern, tmp_path / workers / "d", tokenizer, "--workers", workers) == 0
         summary = capsys.readouterr().out
-        assert f"{tmp_path}/{workers}/d: 250 documents, " in summary and " bytes/token, " in summary
+        assert f"{tmp_path}/{workers}/d: 250 documents, " in summary
+        assert " bytes/token, " in summary
     assert decoded(tmp_path / "1" / "d") == TEXTS
     names = sorted(path.name for path in (tmp_path / "1").iterdir())
     assert names == ["d.bin", "d.idx", "d.json", "d.tokenizer.json"]  # and no cache is left
@@ -103,7 +105,8 @@ def test_empty_documents_are_skipped_and_counted(
     (tmp_path / "a.jsonl").write_text('{"body": ""}\n{"body": "x"}\n{"body": ""}\n')
     assert run(tmp_path / "a.jsonl", tmp_path / "d", tokenizer, "--text-key", "body") == 0
     assert "d: 1 documents, 2 tokens, 0.50 bytes/token" in (out := capsys.readouterr().out)
-    assert "refused 2 empty (" in out and decoded(tmp_path / "d") == ["x"]
+    assert "refused 2 empty (" in out
+    assert decoded(tmp_path / "d") == ["x"]
 
 
 def test_several_globs_are_read_in_the_order_given(tmp_path: Path, tokenizer: Path) -> None:
@@ -126,7 +129,8 @@ def test_named_dataset_is_loaded_with_its_configuration_and_split(
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert run("owner/name:small", tmp_path / "d", tokenizer, "--split", "test", "--text-key", key) == 0
-    assert calls == [("owner/name", "small", "test")] and decoded(tmp_path / "d") == ["one", "two"]
+    assert calls == [("owner/name", "small", "test")]
+    assert decoded(tmp_path / "d") == ["one", "two"]
     assert run("owner/name", tmp_path / "d", tokenizer, "--text-key", "n") == 2
 
 
@@ -142,7 +146,8 @@ def test_training_sample_is_spread_over_the_input(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("data.tokenizer.train_tokenizer", train)
     train_on(texts, 300, tmp_path / "tokenizer.json")
-    assert seen == numbers[::5] and (tmp_path / "tokenizer.json").is_file()
+    assert seen == numbers[::5]
+    assert (tmp_path / "tokenizer.json").is_file()
 
 
 BAD_INPUTS = {
@@ -162,7 +167,8 @@ def test_bad_input_is_one_line_and_code_2(
         (tmp_path / name).write_bytes(content)
     assert run(tmp_path / pattern, tmp_path / "out" / "d", tokenizer) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("prepare_data: error: ") and message in error
+    assert error.startswith("prepare_data: error: ")
+    assert message in error
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
@@ -230,7 +236,8 @@ def test_a_document_of_ten_megabytes_is_one_document(tmp_path: Path, tokenizer: 
     long = "y" * 10_000_000
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in ("x", long, "z")))
     assert run(tmp_path / "a.jsonl", tmp_path / "d", tokenizer) == 0
-    assert decoded(tmp_path / "d") == ["x", long, "z"] and quarantined_count(tmp_path / "d") == 0
+    assert decoded(tmp_path / "d") == ["x", long, "z"]
+    assert quarantined_count(tmp_path / "d") == 0
 
 
 def quarantined_count(prefix: Path) -> int:
@@ -333,10 +340,8 @@ def test_script_runs_from_anywhere_and_names_an_unreachable_dataset(tmp_path: Pa
     )
     assert done.returncode == 2
     error = done.stderr.splitlines()[-1]
-    assert (
-        "--input owner/name: no file, and no dataset that loads" in error
-        and "check the name and the network" in error
-    )
+    assert "--input owner/name: no file, and no dataset that loads" in error
+    assert "check the name and the network" in error
     assert list(tmp_path.iterdir()) == []
 
 

@@ -84,7 +84,8 @@ def test_splits_are_disjoint_and_complete(lengths: list[int], fraction: float) -
     )
     assert sorted([*train, *held_out]) == np.flatnonzero(lengths).tolist()
     if np.count_nonzero(lengths) >= 2 and fraction > 0:
-        assert len(train) and len(held_out)
+        assert len(train)
+        assert len(held_out)
 
 
 def test_split_has_about_the_asked_fraction() -> None:
@@ -103,7 +104,8 @@ def test_places_in_the_order_agree_with_the_tokens(dataset: TokenDataset, positi
     stream = stream_of(dataset)
     document, rest = stream.order.find(position)
     span = stream.read(0, count=position + rest)
-    assert span.documents[-1] == document and span.ends[-1] == position + rest - 1
+    assert span.documents[-1] == document
+    assert span.ends[-1] == position + rest - 1
     assert stream.order.index(position) == (span.ends < position).sum()
     assert stream.order.index(position + rest) == len(span.ends)
     ends = np.append(span.starts[1:], len(span.tokens)) - 1

@@ -11,7 +11,9 @@ TEXTS = ["the cat sat on the mat\n", "der Kater saß auf der Matte: ☃ 42\t"] *
 def test_training_is_deterministic_and_any_text_survives() -> None:
     first, second = (train_tokenizer(iter(TEXTS), size=280) for _ in range(2))
     assert first.to_str() == second.to_str()
-    assert vocab_size(first) == 280 and eos_id(first) == 0 and first.id_to_token(0) == "<|endoftext|>"
+    assert vocab_size(first) == 280
+    assert eos_id(first) == 0
+    assert first.id_to_token(0) == "<|endoftext|>"
     for text in [*TEXTS, "  new\r\n\x00 ünïcödé 漢字 🙂"]:
         assert first.decode(first.encode(text).ids) == text
 

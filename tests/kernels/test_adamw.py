@@ -78,7 +78,8 @@ def test_square_sum(sizes: list[int], shift: int, config: Config) -> None:
     found = square_sum_triton(grads, shares, config)
     assert torch.equal(found, square_sum_triton(grads, shares, config))
     expected = sum(x.double().square().sum() / share for x, share in zip(grads, shares, strict=True))
-    assert found.dtype == torch.float64 and found.dim() == 0
+    assert found.dtype == torch.float64
+    assert found.dim() == 0
     assert abs(found - expected) <= 1e-7 * expected
 
 

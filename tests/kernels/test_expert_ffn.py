@@ -87,7 +87,8 @@ def test_weight_gradients_are_added_to_those_of_the_masters(ends: list[int]) -> 
     found, again = add_up(), add_up()
     plain, truth = reference(narrow, rounds=True), reference(wide, rounds=False)
     for mine, repeated, theirs, right in zip(found, again, plain, truth, strict=True):
-        assert torch.equal(mine, repeated) and mine.isfinite().all()
+        assert torch.equal(mine, repeated)
+        assert mine.isfinite().all()
         bounds = allowed_errors(errors(theirs, right), mine.dtype)
         assert all(a <= b for a, b in zip(errors(mine, right), bounds, strict=True))
 
@@ -118,7 +119,8 @@ def test_past_2_to_the_31_entries(experts: int, hidden: int, ffn: int, rows: int
         d_x, d_gate_up, d_down, d_scale = torch.autograd.grad(y, leaves, torch.ones_like(y))
         found.append([y[-last:], d_x[-last:], d_gate_up[-1], d_down[-1], d_scale[-last:]])
     for mine, right in zip(*found, strict=True):
-        assert right.any() and torch.equal(mine, right)
+        assert right.any()
+        assert torch.equal(mine, right)
 
 
 def test_the_fastest_path_is_taken_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -126,7 +128,8 @@ def test_the_fastest_path_is_taken_and_named_once(caplog: pytest.LogCaptureFixtu
     inputs = [x.bfloat16() if x.dtype == torch.float64 else x for x in draw([3, 3, 8], 16, 24)]
     with caplog.at_level(logging.INFO):
         first, second = expert_ffn(*inputs), expert_ffn(*inputs)
-    assert torch.equal(first, second) and torch.equal(first, expert_ffn_by(BACKENDS[-1], *inputs))
+    assert torch.equal(first, second)
+    assert torch.equal(first, expert_ffn_by(BACKENDS[-1], *inputs))
     assert [record.message.split(":")[0] for record in caplog.records] == [f"experts by {BACKENDS[-1]}"]
 
 
@@ -146,4 +149,5 @@ def test_the_fastest_path_is_taken_and_named_once(caplog: pytest.LogCaptureFixtu
 def test_choice(given: dict, backend: Backend, reason: str) -> None:
     best = {"dtype": torch.bfloat16, "hidden": 64, "ffn": 96, "capability": (9, 0), "has_quack": True}
     found, why = choose_backend(**{**best, **given})
-    assert found is backend and reason in why
+    assert found is backend
+    assert reason in why

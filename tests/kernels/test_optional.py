@@ -106,7 +106,8 @@ def test_a_missing_library_is_no_warning(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_a_library_that_passes_is_used(caplog: pytest.LogCaptureFixture) -> None:
-    assert is_usable("pytest", lambda: None) and is_usable("pytest", lambda: None, tested=pytest.__version__)
+    assert is_usable("pytest", lambda: None)
+    assert is_usable("pytest", lambda: None, tested=pytest.__version__)
     assert not caplog.records
 
 

@@ -18,10 +18,12 @@ def grads_of(packed: Tensor, upstream: list[Tensor]) -> Tensor:
 def test_parts_of_one_tensor_are_taken_as_they_are() -> None:
     packed, whole = torch.randn(2, 5, 3 * 12), torch.randn(2, 5, 3, 12)
     q, k, v = split_heads(packed, 4)
-    assert q.data_ptr() == packed.data_ptr() and k.shape == v.shape == (2, 5, 3, 4)
+    assert q.data_ptr() == packed.data_ptr()
+    assert k.shape == v.shape == (2, 5, 3, 4)
     assert torch.equal(torch.cat([q, k, v], -1).view_as(packed), packed)
     found = grads_of(packed, list(whole.chunk(3, -1)))
-    assert torch.equal(found, whole.view_as(packed)) and found.data_ptr() == whole.data_ptr()
+    assert torch.equal(found, whole.view_as(packed))
+    assert found.data_ptr() == whole.data_ptr()
 
 
 @pytest.mark.parametrize("kind", ["apart", "swapped", "of different tensors"])
@@ -43,4 +45,5 @@ def test_the_kernels_gradients_lie_side_by_side(monkeypatch: pytest.MonkeyPatch)
     o = lightning_attention_triton(*split_heads(packed, 16), slopes, positions)
     monkeypatch.setattr(torch, "cat", None)  # a copy would need it
     o.sum().backward()
-    assert packed.grad is not None and packed.grad.isfinite().all()
+    assert packed.grad is not None
+    assert packed.grad.isfinite().all()

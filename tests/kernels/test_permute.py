@@ -47,7 +47,8 @@ def test_kernels_move_what_their_twins_move(
     ):  # too many for arithmetic in fp64: every row holds its choice's number
         rows = torch.arange(tokens, device=DEVICE).to(dtype)[:, None].expand(-1, hidden)
         sent = permute_triton(rows, sorting)
-        assert torch.equal(sent[:, 0], rows[sorting.order, 0]) and torch.equal(sent[:, 0], sent[:, -1])
+        assert torch.equal(sent[:, 0], rows[sorting.order, 0])
+        assert torch.equal(sent[:, 0], sent[:, -1])
         back = unpermute_triton(sent, sorting, tokens)
         kept = sorting.inverse < len(sent)
         assert torch.equal(back[:, -1], torch.where(kept, rows[:, 0], 0))

@@ -61,7 +61,8 @@ def test_works_in_place_and_leaves_the_rest() -> None:
     turned, _ = rotate_triton_(q, k, rotary_table(positions(1, 5) + 1, 8, 100.0), head_dim=16)
     assert turned.data_ptr() == q.data_ptr()
     rest, rest_before = (x.view(1, 5, 3, 16)[..., 8:] for x in (q, before))
-    assert torch.equal(rest, rest_before) and not torch.equal(q, before)
+    assert torch.equal(rest, rest_before)
+    assert not torch.equal(q, before)
 
 
 def test_parts_of_one_projection() -> None:

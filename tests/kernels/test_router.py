@@ -67,14 +67,16 @@ def test_choices_and_sums(shape: tuple[int, int, int], kind: str, config: Config
         for mine, theirs in zip(errors(sums.sum(0)[columns], truth[columns]), allowed, strict=True):
             assert mine <= 2 * theirs + 4 * EPS  # experts or tokens add to 4 EPS where the twin is exact
     again = choose_experts_triton(logits, top_k, bias=bias, real=real, config=config)
-    assert torch.equal(chosen, again[0]) and torch.equal(sums, again[1])
+    assert torch.equal(chosen, again[0])
+    assert torch.equal(sums, again[1])
 
 
 def test_equal_logits_choose_the_first_experts() -> None:
     """Also -0 and 0; infinite and NaN logits still name different experts that exist."""
     logits = draw_logits(64, 33).round().clamp(-1, 1)
     logits = torch.where(torch.arange(33, device=DEVICE) % 2 == 0, logits, logits.abs().neg())
-    assert (logits == 0).any() and torch.signbit(logits[logits == 0]).any()
+    assert (logits == 0).any()
+    assert torch.signbit(logits[logits == 0]).any()
     chosen, _ = choose_experts_triton(logits, 8)
     assert torch.equal(chosen, choose_experts_by_sort(logits, 8)[0])
     assert torch.equal(choose_experts_triton(logits * 0, 3)[0], torch.arange(3, device=DEVICE).expand(64, 3))
@@ -82,7 +84,9 @@ def test_equal_logits_choose_the_first_experts() -> None:
         odd = logits.clone()
         odd[:, 3:] = value
         found = choose_experts_triton(odd, 8)[0].sort(-1).values
-        assert (found >= 0).all() and (found < 33).all() and (found.diff() > 0).all()
+        assert (found >= 0).all()
+        assert (found < 33).all()
+        assert (found.diff() > 0).all()
 
 
 def test_a_token_chooses_alike_among_any_others() -> None:
@@ -101,7 +105,8 @@ def test_parts_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = choose_experts_triton(logits, 2)
     monkeypatch.setattr("kernels.router.MAX_PARTS", 3)
     experts, sums = choose_experts_triton(logits, 2)
-    assert len(sums) == 3 and len(expected[1]) == 7
+    assert len(sums) == 3
+    assert len(expected[1]) == 7
     assert torch.equal(experts, expected[0])
     torch.testing.assert_close(sums.sum(0), expected[1].sum(0))
 
@@ -173,7 +178,8 @@ def test_record(experts: int, so_far: bool, has_dropped: bool) -> None:
         ]
         torch.testing.assert_close(*found, rtol=1e-6, atol=0)
         torch.testing.assert_close(*records, rtol=1e-6, atol=0)
-    assert records[0].losses[:2].all() and records[0].dropped.any() == has_dropped
+    assert records[0].losses[:2].all()
+    assert records[0].dropped.any() == has_dropped
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

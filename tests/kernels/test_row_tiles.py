@@ -26,9 +26,11 @@ def test_wide_rows_in_bf16_are_fetched_ahead() -> None:
 
 def test_as_rows_copies_only_where_it_must() -> None:
     x = random_tensor(4, 3, 10, seed=0)
-    assert as_rows(x).data_ptr() == x.data_ptr() and as_rows(x[..., 2:7]).data_ptr() == x[..., 2:7].data_ptr()
+    assert as_rows(x).data_ptr() == x.data_ptr()
+    assert as_rows(x[..., 2:7]).data_ptr() == x[..., 2:7].data_ptr()
     turned = x.transpose(1, 2)
-    assert torch.equal(as_rows(turned), turned.reshape(-1, 3)) and as_rows(turned).stride(-1) == 1
+    assert torch.equal(as_rows(turned), turned.reshape(-1, 3))
+    assert as_rows(turned).stride(-1) == 1
     assert as_rows(x[:0]).shape == (0, 10)
 
 

@@ -118,7 +118,8 @@ def test_parts_of_the_keys_merge(
 
     o0, lse0 = attend(q0, k0, v0, documents=halves[0])
     o1, lse1 = merge_attention(*attend(q1, k1, v1, documents=halves[1]), *attend(q1, k0, v0))
-    assert lse0.shape == q0.shape[:3] and lse0.dtype in (torch.float32, torch.float64)
+    assert lse0.shape == q0.shape[:3]
+    assert lse0.dtype in (torch.float32, torch.float64)
     dq0, dk00, dv00 = attend_backward(grad0, q0, k0, v0, o0, lse0, documents=halves[0])
     dq11, dk1, dv1 = attend_backward(grad1, q1, k1, v1, o1, lse1, documents=halves[1])
     dq10, dk10, dv10 = attend_backward(grad1, q1, k0, v0, o1, lse1)
@@ -247,6 +248,7 @@ def test_spans_of_documents() -> None:
     assert spans.most_queries == spans.most_keys == 9
     assert max(b - a for a, b in pairwise(spans.on_host)) == 9
     unknown = document_spans(documents._replace(on_host=None), tokens)
-    assert unknown.on_host is None and unknown.most_queries == tokens
+    assert unknown.on_host is None
+    assert unknown.most_queries == tokens
     assert torch.equal(unknown.queries, spans.queries)
     assert document_spans(documents_of(9, [[0, 3, 5], [0, 4, 6]]), 9).most_queries == 4

@@ -59,10 +59,10 @@ def test_padded_rows_equal_one_full_row(factor: float | None) -> None:
     for name, expected in gradients.items():
         torch.testing.assert_close(padded_gradients[name], expected, rtol=1e-6, atol=1e-9, msg=name)
     for mine, expected in zip(padded.routers(), whole.routers(), strict=True):
-        assert torch.equal(mine.load, expected.load) and mine.load.sum() == sum(LENGTHS) * 2
-        assert torch.equal(mine.dropped, expected.dropped) and bool(mine.dropped.any()) is (
-            factor is not None
-        )
+        assert torch.equal(mine.load, expected.load)
+        assert mine.load.sum() == sum(LENGTHS) * 2
+        assert torch.equal(mine.dropped, expected.dropped)
+        assert bool(mine.dropped.any()) is (factor is not None)
         torch.testing.assert_close(mine.losses, expected.losses)
 
 
@@ -80,4 +80,5 @@ def test_padding_is_not_computed() -> None:
     logits = model(tokens, offsets, lengths=torch.tensor([6]))
     tokens[:, 6:] = 3
     again = model(tokens, offsets, lengths=torch.tensor([6]))
-    assert torch.equal(logits[:, :6], again[:, :6]) and seen == [12, 12]
+    assert torch.equal(logits[:, :6], again[:, :6])
+    assert seen == [12, 12]

@@ -130,7 +130,8 @@ def check(drawn: Drawn, replicas: Tensor, rows: list[Tensor], cfg: ParallelConfi
     demand = torch.bincount(experts.flatten(), minlength=EXPERTS)
     dropped = torch.bincount(experts[replicas < 0], minlength=EXPERTS)
     assert torch.equal(dropped, (demand - drawn.limit).clamp(min=0))
-    assert replicas.min() >= -1 and replicas.max() < edp
+    assert replicas.min() >= -1
+    assert replicas.max() < edp
     for group in range(edp):
         held = torch.bincount(experts[replicas == group], minlength=EXPERTS)
         assert held.max() <= math.ceil(drawn.limit / edp)
@@ -192,7 +193,8 @@ def test_capacity_is_exact() -> None:
 def test_surplus_goes_to_the_nearest_group_with_room() -> None:
     flow = spread(torch.tensor([[9], [4], [1], [0]]), 4)  # [from, distance, expert]
     assert flow[0, :, 0].tolist() == [4, 0, 3, 2]
-    assert flow[1:, 0, 0].tolist() == [4, 1, 0] and not flow[1:, 1:].any()
+    assert flow[1:, 0, 0].tolist() == [4, 1, 0]
+    assert not flow[1:, 1:].any()
     wrapped = spread(torch.tensor([[0], [0], [6]]), 2)
     assert wrapped[2, :, 0].tolist() == [2, 2, 2]
 
@@ -241,7 +243,8 @@ def test_one_token_in_all() -> None:
         extreme(ParallelConfig(), 1, capacity_factor=1e-3), row_tokens=1, micro_rows=1, num_micro=1
     )
     truth = reference(case)
-    assert truth.dropped == 0 and torch.isfinite(torch.tensor(truth.losses)).all()
+    assert truth.dropped == 0
+    assert torch.isfinite(torch.tensor(truth.losses)).all()
 
 
 def drop_rates_by_quarter(is_rotating: bool) -> tuple[Tensor, Tensor]:

@@ -141,9 +141,12 @@ def test_refused_by_the_program(overrides: list[str], message: str, tmp_path: Pa
     result = launch("conf=debug", f"run_dir={tmp_path}", *overrides, processes=2, timeout_s=60)
     assert result.codes == [2, 2]
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and message in errors[0], result.stderr
+    assert len(errors) == 1, result.stderr
+    assert message in errors[0], result.stderr
     kind, facts = ending(tmp_path)
-    assert kind == "FAILED" and facts["code"] == 2 and message in facts["reason"]
+    assert kind == "FAILED"
+    assert facts["code"] == 2
+    assert message in facts["reason"]
 
 
 def test_schedules_that_an_older_torch_computes_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,8 @@ def test_whose_gemms_add_gradients_to_masters(schedule: str, dtype: torch.dtype,
             continue
         for weight, buffer in zip((experts.gate_up, experts.down), experts.master_grads, strict=True):
             (first, adds), (second, adds_again) = buffer(), buffer()
-            assert first is second is masters[weight].grad and first.dtype == torch.float32
+            assert first is second is masters[weight].grad
+            assert first.dtype == torch.float32
             assert (adds, adds_again) == (False, True)
 
 
@@ -202,11 +203,13 @@ def test_masters_sum_gradients_in_fp32_however_they_come() -> None:
     copy_for_compute([shard], torch.device("cpu"), torch.bfloat16)
     Gradients([shard], one_process(torch.device("cpu")).tp)
     AddsItsGradient.apply(parameter, shard.master).backward()
-    assert parameter.grad is None and shard.master.grad.tolist() == [0.5] * 3
+    assert parameter.grad is None
+    assert shard.master.grad.tolist() == [0.5] * 3
     small = torch.tensor([2.0**-8, 3.0, 2.0**-20], dtype=torch.bfloat16)
     for _ in range(3):
         (parameter * small).sum().backward()
-    assert parameter.grad is None and shard.master.grad.dtype == torch.float32
+    assert parameter.grad is None
+    assert shard.master.grad.dtype == torch.float32
     assert torch.equal(shard.master.grad, 0.5 + 3 * small.float())
 
 

@@ -23,7 +23,8 @@ def test_the_dearest_stage_is_as_cheap_as_can_be(stages: int) -> None:
     """Against all cuts of nine layers of uneven cost."""
     costs = [1.0, 1.0, 5.0, 1.0, 1.0, 1.0, 5.0, 1.0, 9.0]
     split = split_layers(costs, stages)
-    assert [layer for part in split for layer in part] == list(range(9)) and all(len(part) for part in split)
+    assert [layer for part in split for layer in part] == list(range(9))
+    assert all(len(part) for part in split)
     dearest = max(sum(costs[layer] for layer in part) for part in split)
     best = min(
         max(sum(costs[a:b]) for a, b in itertools.pairwise([0, *cuts, 9]))
@@ -57,7 +58,8 @@ def test_stages_hold_what_the_whole_model_holds() -> None:
         name for part in build_parts(MODEL, cfg, mesh, row_tokens=16) for name, _ in part.named_parameters()
     }
     run_distributed(compare_names, 2, whole)
-    assert "blocks.3.mixer.q.weight" in whole and "head.weight" in whole
+    assert "blocks.3.mixer.q.weight" in whole
+    assert "head.weight" in whole
 
 
 def compare_names(rank: int, whole: set[str]) -> None:

@@ -209,7 +209,8 @@ def test_rounding_is_said(capsys: pytest.CaptureFixture) -> None:
     assert "buffer" not in out
     assert main([*SMALL_ARGUMENTS, "--capacity-factor", "1.01"]) == 0
     out = capsys.readouterr().out
-    assert "25 of all groups" in out and "gives the local scope 27 in all, more than that" in out
+    assert "25 of all groups" in out
+    assert "gives the local scope 27 in all, more than that" in out
 
 
 @pytest.mark.parametrize(

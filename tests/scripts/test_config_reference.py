@@ -11,7 +11,8 @@ def test_the_reference_is_up_to_date() -> None:
 def test_every_key_has_type_default_and_meaning() -> None:
     text = reference()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
-    assert len(rows) > 100 and not [row for row in rows if row[3].strip(" |") == "" or len(row) < 4]
+    assert len(rows) > 100
+    assert not [row for row in rows if row[3].strip(" |") == "" or len(row) < 4]
     for row in (
         "| `optimizer.lr` | float | `0.0002` | Peak learning rate. |",
         "| `model.num_layers` | int | none | Blocks. |",

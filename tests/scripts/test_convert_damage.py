@@ -47,7 +47,8 @@ def test_a_wrong_folder_is_named(
     damage(tmp_path / "hf")
     assert convert("import", "--hf", tmp_path / "hf", "--output", tmp_path / "c") == 2
     said = capsys.readouterr().err
-    assert text in said and len(said.splitlines()) == 1, said
+    assert text in said, said
+    assert len(said.splitlines()) == 1, said
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -72,7 +73,8 @@ def test_a_wrong_index_is_named(
     index.write_text(json.dumps({"weight_map": kept}))
     assert convert("import", "--hf", tmp_path / "hf", "--output", tmp_path / "c") == 2
     said = capsys.readouterr().err
-    assert text in said and len(said.splitlines()) == 1, said
+    assert text in said, said
+    assert len(said.splitlines()) == 1, said
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -108,7 +110,8 @@ def test_an_export_that_cannot_be_is_none(
     given = [str(word).format(tmp=tmp_path) for word in arguments]
     assert convert("export", "--checkpoint", tmp_path / "c", "--output", tmp_path / "out", *given) == 2
     said = capsys.readouterr().err
-    assert text in said and len(said.splitlines()) == 1, said
+    assert text in said, said
+    assert len(said.splitlines()) == 1, said
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -131,7 +134,8 @@ def test_a_full_disk_leaves_nothing(
     monkeypatch.setattr("scripts.convert_hf.free_bytes", lambda folder: 2**17)
     assert convert(*export) == 2
     first, second = capsys.readouterr().err.splitlines()
-    assert "File too large" in first and "out: No space left: need 0.000166 GiB, have 0.000122" in second
+    assert "File too large" in first
+    assert "out: No space left: need 0.000166 GiB, have 0.000122" in second
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "hf"]
 
 
@@ -150,7 +154,8 @@ def test_a_killed_export_looks_like_none_and_the_next_one_works(
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-out", "c", "hf"]
     assert not (tmp_path / ".tmp-out/model.safetensors.index.json").exists()
-    assert convert(*export) == 0 and same_bytes(read_folder(tmp_path / "out"), tensors)
+    assert convert(*export) == 0
+    assert same_bytes(read_folder(tmp_path / "out"), tensors)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "hf", "out"]
 
 
@@ -167,4 +172,5 @@ def test_partial_rotary_is_said_in_the_export_too(tmp_path: Path, capsys: pytest
             assert ("WARNING: config.json: rotary_dim=8 of head_dim=16: transformers" in text) == is_loud
             assert ("Use --layout text01, or train with model.rotary_dim" in text) == is_loud
     config = json.loads((tmp_path / "transformers/config.json").read_text())
-    assert config["rotary_dim"] == 8 and config["rope_parameters"]["partial_rotary_factor"] == 0.5
+    assert config["rotary_dim"] == 8
+    assert config["rope_parameters"]["partial_rotary_factor"] == 0.5

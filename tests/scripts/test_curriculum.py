@@ -50,7 +50,8 @@ def test_a_shorter_run_lists_what_it_reaches(capsys: pytest.CaptureFixture[str])
 def test_unknown_conf(program, capsys: pytest.CaptureFixture[str]) -> None:
     assert program(["conf=nope"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: conf=nope: no such run; there are ['curriculum_small', ")
+    assert out == ""
+    assert err.startswith("error: conf=nope: no such run; there are ['curriculum_small', ")
 
 
 def shares(cell: str) -> list[float]:
@@ -78,10 +79,12 @@ def test_drawn_shares_match(
     assert code == 0
     assert [row[0] for row in rows] == [name for name in stages for _ in range(2)]
     for _, _, _, configured, drawn, error in rows:
-        assert abs(sum(shares(configured)) - 100) < 0.05 and abs(sum(shares(drawn)) - 100) < 0.05
+        assert abs(sum(shares(configured)) - 100) < 0.05
+        assert abs(sum(shares(drawn)) - 100) < 0.05
         assert max(map(abs, shares(error))) < 1
     root = ElementTree.parse(out).getroot()
-    assert root.tag == "{http://www.w3.org/2000/svg}svg" and out.stat().st_size < 200_000
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert out.stat().st_size < 200_000
     texts = ["".join(text.itertext()) for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"web, % of tokens", *stages} <= set(texts)
 
@@ -98,7 +101,8 @@ def test_wrong_shares_are_an_error(
     monkeypatch.setattr(simulate_mixture.Planner, "plan", other_lengths)
     argv = ("conf=curriculum_small", "--scale", "1e6")
     code, rows = run_simulation(tmp_path / "x.svg", *argv, capsys=capsys)
-    assert code == 1 and max(map(abs, shares(rows[2][-1]))) > 1
+    assert code == 1
+    assert max(map(abs, shares(rows[2][-1]))) > 1
 
 
 def test_a_run_without_stages_cannot_be_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,10 +23,13 @@ def check(
 
 def test_this_machine_can_train() -> None:
     result = check()
-    assert result.returncode == 0 and not result.stderr, result.stderr
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr, result.stderr
     rows = {line[:20].strip(): line[20:].strip() for line in result.stdout.splitlines()}
-    assert rows["torch"] == torch.__version__ and rows["quack-kernels"]
-    assert rows["softmax attention"] and rows["experts"]
+    assert rows["torch"] == torch.__version__
+    assert rows["quack-kernels"]
+    assert rows["softmax attention"]
+    assert rows["experts"]
     if not torch.cuda.is_available():
         assert rows["softmax attention"] == "twin: tensors are not on a GPU"
         assert rows["experts"] == "torch: tensors are not on a GPU"
@@ -45,7 +48,8 @@ def test_what_is_in_the_way_is_named(name: str, version: str, problem: str, tmp_
     facts.mkdir()
     (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     result = check(tmp_path)
-    assert result.returncode == 2 and result.stdout.endswith("training cannot run\n")
+    assert result.returncode == 2
+    assert result.stdout.endswith("training cannot run\n")
     assert result.stderr == f"error: {problem}\n"
 
 

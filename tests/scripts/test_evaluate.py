@@ -39,8 +39,10 @@ def test_a_task_has_its_length_and_the_needle_its_depth(tokenizer: Any, tokens: 
         assert len(task.prompt) + len(task.answer) == tokens
         text, answer = tokenizer.decode(task.prompt), tokenizer.decode(task.answer)
         key = text.split()[-1]
-        assert text.endswith(f"Flight {key}") and text.count(f"Flight {key} {answer} is on time .") == 1
-        assert text.count("Flight") == 5 and text.count(answer) == 1
+        assert text.endswith(f"Flight {key}")
+        assert text.count(f"Flight {key} {answer} is on time .") == 1
+        assert text.count("Flight") == 5
+        assert text.count(answer) == 1
         before = len(text[: text.index(f"Flight {key}")].split())
         room = tokens - 4 * 7 - 3
         assert -6 <= before - depth * room <= 3 * 7 + 6  # to a sentence's border; distractors may lie before
@@ -59,13 +61,15 @@ def test_a_document_repeats_its_facts_and_ends_with_one(tokenizer: Any) -> None:
     for _ in range(100):
         document = make_document(encoder(tokenizer), draw, 63)
         words = tokenizer.decode(document).split()
-        assert len(document) == len(words) == 63 and "<|endoftext|>" not in words
+        assert len(document) == len(words) == 63
+        assert "<|endoftext|>" not in words
         codes: dict[str, str] = {}
         for place in (i for i, word in enumerate(words) if word == "Flight"):
             key, value = words[place + 1], words[place + 2]
             repeats += key in codes
             assert codes.setdefault(key, value) == value
-        assert words[-7] == "Flight" and words.count(words[-6]) > 1
+        assert words[-7] == "Flight"
+        assert words.count(words[-6]) > 1
     assert repeats > 150
 
 
@@ -94,14 +98,19 @@ def test_niah_counts_answers_and_draws_them(
     )  # fmt: skip
     assert code == 0, err
     results = json.loads((tmp_path / "niah.json").read_text())
-    assert results["lengths"] == [40, 256] and results["depths"] == [0, 0.5, 1]
-    assert results["found"] == [[1, 0], [1, 0], [1, 1]] and results["trained_length"] == 64
+    assert results["lengths"] == [40, 256]
+    assert results["depths"] == [0, 0.5, 1]
+    assert results["found"] == [[1, 0], [1, 0], [1, 1]]
+    assert results["trained_length"] == 64
     assert out.splitlines()[1].split() == ["0", "%", "100", "0"]
     svg = ElementTree.fromstring((tmp_path / "niah.svg").read_text())
     texts = ["".join(text.itertext()) for text in svg.iter("{http://www.w3.org/2000/svg}text")]
-    assert "Needles found, % (trained at 64 tokens)" in texts and texts.count("100") == 4
+    assert "Needles found, % (trained at 64 tokens)" in texts
+    assert texts.count("100") == 4
     page = (tmp_path / "niah.html").read_text()
-    assert "depth 100 %, 256 tokens: 100.0 %" in page and "http://" not in page and "src=" not in page
+    assert "depth 100 %, 256 tokens: 100.0 %" in page
+    assert "http://" not in page
+    assert "src=" not in page
 
 
 def test_niah_of_a_real_model(trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -116,7 +125,8 @@ def test_niah_of_a_real_model(trained: Path, capsys: pytest.CaptureFixture[str],
         )  # fmt: skip
         assert code == 0, err
         found.append(json.loads((tmp_path / "niah.json").read_text()))
-    assert found[0] == found[1] and found[0]["mean"][0] < 0.5
+    assert found[0] == found[1]
+    assert found[0]["mean"][0] < 0.5
 
 
 def test_perplexity_equals_that_of_whole_forward_passes(
@@ -142,10 +152,12 @@ def test_perplexity_equals_that_of_whole_forward_passes(
     mean = torch.stack(losses).mean(0)
     expected = [mean[:50].mean(), mean.mean(), mean[:50].mean(), mean[50:].mean()]
     found = [*results["perplexity"], *results["newest"]]
-    assert results["documents"] == 3 and found == pytest.approx([math.exp(x) for x in expected], rel=1e-5)
+    assert results["documents"] == 3
+    assert found == pytest.approx([math.exp(x) for x in expected], rel=1e-5)
     assert len(out.splitlines()) == 5
     # one row was left for the last batch: a lightning layer and a softmax layer of 8 heads of 16 in fp32
-    assert results["state_bytes"] == 8 * 16 * 16 * 4 and results["cache_bytes"] == 2 * 120 * 8 * 16 * 4
+    assert results["state_bytes"] == 8 * 16 * 16 * 4
+    assert results["cache_bytes"] == 2 * 120 * 8 * 16 * 4
     ElementTree.fromstring((trained / "perplexity.svg").read_text())
     assert "trained at 64 tokens" in (trained / "perplexity.html").read_text()
 
@@ -179,7 +191,9 @@ def test_what_cannot_be_used_is_named(
         writer.add(np.full(20, 300))
     given = [word.format(tmp=tmp_path) for word in arguments]
     code, _, err = run(capsys, *given, "--checkpoint", trained)
-    assert code == 2 and message.format(tmp=tmp_path) in err and len(err.splitlines()) == 1
+    assert code == 2
+    assert message.format(tmp=tmp_path) in err
+    assert len(err.splitlines()) == 1
 
 
 def test_held_out_documents_are_not_those_of_the_training(needles: Path) -> None:

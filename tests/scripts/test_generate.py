@@ -58,7 +58,8 @@ def test_narrow_weights_keep_wide_gates_and_slopes(trained: Path) -> None:
         assert b.dtype is (torch.float32 if "router.gate" in name else torch.bfloat16)
         assert torch.equal(a.to(b.dtype), b)
     for a, b in zip(wide.buffers(), narrow.buffers(), strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b)
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
 
 
 def test_the_command(trained: Path) -> None:
@@ -70,7 +71,8 @@ def test_the_command(trained: Path) -> None:
     first, second = result.stdout.splitlines()
     assert first.startswith("Flight Paris 47 is on time . The train to the coast ")
     assert second.startswith("Rain fell ")
-    assert "step 3, " in result.stderr and "tokens after 14 of prompts" in result.stderr
+    assert "step 3, " in result.stderr
+    assert "tokens after 14 of prompts" in result.stderr
 
 
 def test_options_reach_the_choice_of_tokens(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,10 +93,8 @@ def test_a_prompt_stops_at_the_end_of_its_document(trained: Path, capsys: pytest
     last = free[0]["tokens"][2]
     name = tokenizer.id_to_token(last)
     stopped = records(capsys, trained, "--temperature", 0, "--max-tokens", 6, "--eos-token", name)
-    assert (
-        stopped[0]["finished"]
-        and stopped[0]["tokens"] == free[0]["tokens"][: free[0]["tokens"].index(last) + 1]
-    )
+    assert stopped[0]["finished"]
+    assert stopped[0]["tokens"] == free[0]["tokens"][: free[0]["tokens"].index(last) + 1]
 
 
 def test_tokenizer_of_the_checkpoint_goes_before_that_of_the_data(trained: Path, tmp_path: Path) -> None:
@@ -147,5 +147,7 @@ def test_what_cannot_be_used_is_named(
         arguments, message = ["--chunk", "0"], "--chunk 0 must be at least 1"
     given = [word.format(tmp=tmp_path) for word in arguments]
     code, out, err = run(capsys, "--checkpoint", trained, "--prompt", PROMPTS[1], *given)
-    assert code == 2 and out == ""
-    assert message.format(tmp=tmp_path) in err and len(err.splitlines()) == 1
+    assert code == 2
+    assert out == ""
+    assert message.format(tmp=tmp_path) in err
+    assert len(err.splitlines()) == 1

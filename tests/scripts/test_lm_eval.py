@@ -37,7 +37,8 @@ def likelihoods(run_dir: Path, tasks: list[tuple[list[int], list[int]]]) -> tupl
 
 @pytest.mark.slow
 def test_the_harness_finds_our_likelihoods(needles: Path, tmp_path: Path) -> None:
-    assert find_spec("lm_eval") and find_spec("accelerate"), (
+    assert find_spec("lm_eval"), "lm-evaluation-harness is missing: pip install -r requirements/lm-eval.lock"
+    assert find_spec("accelerate"), (
         "lm-evaluation-harness is missing: pip install -r requirements/lm-eval.lock"
     )
     run_dir, export, task = tmp_path / "run", tmp_path / "export", tmp_path / "task"

@@ -88,10 +88,16 @@ def test_every_value_reaches_its_chart(tmp_path: Path) -> None:
         charts
     )
     tiles = dict(re.findall(r'<div class="tile">(.*?)<b>(.*?)</b>', page))
-    assert tiles["Steps"] == "30" and tiles["Tokens"] == "122.9k" and tiles["Tokens/s"] == "1.016k"
-    assert tiles["Training loss"] == "0.333" and "<i>from 10.000</i>" in page
-    assert tiles["Held-out loss"] == "0.750" and "<i>step 20</i>" in page
-    assert tiles["Drop rate"] == "1.00%" and tiles["MFU"] == "40.0%" and tiles["Peak memory"] == "61.2 GiB"
+    assert tiles["Steps"] == "30"
+    assert tiles["Tokens"] == "122.9k"
+    assert tiles["Tokens/s"] == "1.016k"
+    assert tiles["Training loss"] == "0.333"
+    assert "<i>from 10.000</i>" in page
+    assert tiles["Held-out loss"] == "0.750"
+    assert "<i>step 20</i>" in page
+    assert tiles["Drop rate"] == "1.00%"
+    assert tiles["MFU"] == "40.0%"
+    assert tiles["Peak memory"] == "61.2 GiB"
     assert tiles["Skipped steps"] == "2"
 
 
@@ -100,8 +106,10 @@ def test_curve_is_drawn_where_its_values_are(tmp_path: Path) -> None:
     loss = svgs(page_of(write_run(tmp_path, rows)))["Loss"]
     (curve,) = (e for e in loss.iter("path") if e.get("class") == "curve line")
     x, y = np.array(re.findall(r"[ML]([\d.]+) ([\d.]+)", curve.attrib["d"]), dtype=float).T
-    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.11) and x[0] < x[1]
-    assert y[1] - y[0] == pytest.approx(y[2] - y[1], abs=0.11) and y[0] < y[1]  # SVG's y axis points down
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.11)
+    assert x[0] < x[1]
+    assert y[1] - y[0] == pytest.approx(y[2] - y[1], abs=0.11)
+    assert y[0] < y[1]
 
 
 def test_expert_load_is_a_share_of_the_mean(tmp_path: Path) -> None:
@@ -138,7 +146,8 @@ def test_drops_and_moves_appear_when_there_are_any(tmp_path: Path) -> None:
     dropped = [e.get("data-tip") for e in charts["Dropped choices of the whole run (%)"].iter("rect")]
     moved = [e.get("data-tip") for e in charts["Moved choices over time (%)"].iter("rect")]
     assert "layer 0, expert 0: 25 (15 choices)" in dropped
-    assert "layer 1, step 2: 10" in moved and "layer 1, step 1: 0" in moved
+    assert "layer 1, step 2: 10" in moved
+    assert "layer 1, step 1: 0" in moved
 
 
 def test_router_figures_have_charts(tmp_path: Path) -> None:
@@ -174,7 +183,8 @@ def test_stages_memory_checkpoints_and_alerts_are_shown(tmp_path: Path) -> None:
     ]:
         assert [p[3] for p in points(charts[title], key)] == values, title
     unchanged = svgs(page_of(write_run(tmp_path / "one stage", rows[:2], [experts_row(1)])))
-    assert "Stage of the curriculum" not in unchanged and "Row length (tokens)" not in unchanged
+    assert "Stage of the curriculum" not in unchanged
+    assert "Row length (tokens)" not in unchanged
     assert page.count("Dead experts: step 3: layer 1 expert 0: no choice in 3 intervals") == 1
 
 
@@ -186,7 +196,8 @@ def test_long_runs_are_thinned_but_keep_their_spikes(tmp_path: Path) -> None:
     charts = svgs(page_of(write_run(tmp_path, rows, experts)))
     values = [p[3] for p in points(charts["Loss"], "each step")]
     assert MAX_POINTS * 0.9 < len(values) <= MAX_POINTS
-    assert max(values) == 9.0 and min(values) == 0.5
+    assert max(values) == 9.0
+    assert min(values) == 0.5
     assert max(p[3] for p in points(charts["Loss"], "smoothed")) < 2.1
     cells = [e for e in charts["Busiest expert / mean over time"].iter("rect") if "data-tip" in e.attrib]
     assert len(cells) == 2 * 120
@@ -201,9 +212,9 @@ def test_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     run_dir = write_run(tmp_path / "a<b", [metrics_row(1)], [experts_row(1)])
     page = page_of(run_dir)
     assert not re.search(r"http|//|@import|url\(|<link|\ssrc=", page)
-    assert (
-        "<title>a&lt;b</title>" in page and "note: &lt;a &amp; b&gt;" in page and "<details><summary>" in page
-    )
+    assert "<title>a&lt;b</title>" in page
+    assert "note: &lt;a &amp; b&gt;" in page
+    assert "<details><summary>" in page
     assert "prefers-color-scheme: dark" in page
 
 
@@ -223,14 +234,17 @@ def test_nan_and_null_leave_gaps(tmp_path: Path) -> None:
     assert [p[2] for p in points(charts["Loss"], "train")] == [1, 2, 5, 6, 7]
     (curve,) = (e for e in charts["Loss"].iter("path") if e.get("class") == "curve line")
     assert re.sub(r"[^ML]", "", curve.attrib["d"]) == "MLMLL"
-    assert "2 not finite" in page and "nan" not in curve.attrib["d"]
+    assert "2 not finite" in page
+    assert "nan" not in curve.attrib["d"]
     assert len(points(charts["Learning rate"], "lr")) == 6
     assert "Model FLOPs utilisation (%)" not in charts
 
 
 def test_a_diverged_run_still_gets_a_page(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path, [metrics_row(s, loss=math.nan, grad_norm=math.nan) for s in (1, 2)]))
-    assert points(svgs(page)["Loss"], "train") == [] and "2 not finite" in page and ">nan</b>" in page
+    assert points(svgs(page)["Loss"], "train") == []
+    assert "2 not finite" in page
+    assert ">nan</b>" in page
 
 
 def test_torn_last_lines_are_left_out_and_mentioned(tmp_path: Path) -> None:
@@ -238,7 +252,8 @@ def test_torn_last_lines_are_left_out_and_mentioned(tmp_path: Path) -> None:
     with (run_dir / "experts.jsonl").open("ab") as file:
         file.write(b'{"step": 2, "load": [[\xe2')
     page = page_of(run_dir)
-    assert "metrics.jsonl: the last line is torn" in page and "experts.jsonl: the last line is torn" in page
+    assert "metrics.jsonl: the last line is torn" in page
+    assert "experts.jsonl: the last line is torn" in page
     assert len(points(svgs(page)["Loss"], "train")) == 2
 
 
@@ -288,7 +303,8 @@ def test_bad_lines_are_named(
     (run_dir / file).write_text(f"{good}{line}\n{good}")
     assert main([str(run_dir)]) == 2
     error = capsys.readouterr().err
-    assert f"{run_dir / file}:2: " in error and message in error
+    assert f"{run_dir / file}:2: " in error
+    assert message in error
     assert not (run_dir / "report.html").exists()
 
 
@@ -359,7 +375,10 @@ def test_thin_keeps_ends_and_extremes_of_each_bucket() -> None:
     values = np.random.default_rng(0).normal(size=5000)
     values[::3] = np.nan
     kept = thin(values, 100)
-    assert len(kept) <= 100 and kept[0] == 0 and kept[-1] == 4999 and (np.diff(kept) > 0).all()
+    assert len(kept) <= 100
+    assert kept[0] == 0
+    assert kept[-1] == 4999
+    assert (np.diff(kept) > 0).all()
     for bucket in np.array_split(np.arange(5000), 49):
         inside = values[np.intersect1d(kept, bucket)]
         assert (np.nanmin(inside), np.nanmax(inside)) == (

@@ -70,7 +70,8 @@ def test_what_cannot_run_is_refused_before_anything_is_submitted(
     monkeypatch.setenv("PATH", "/nowhere")  # a submission would be another error
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
     assert re.search(message, error), error
 
 
@@ -80,7 +81,8 @@ def test_finished_members_are_left_out(tmp_path: Path, capsys: pytest.CaptureFix
     (done / "DONE").write_text("{}")
     assert main(["conf=debug", "seed=1,2", "--dry-run", "--folder", str(tmp_path)]) == 0
     first, second = capsys.readouterr().out.splitlines()
-    assert first == f"finished: {done}" and second.endswith(f"run_dir={tmp_path}/seed-2")
+    assert first == f"finished: {done}"
+    assert second.endswith(f"run_dir={tmp_path}/seed-2")
 
 
 def test_sbatch_that_fails_is_reported(

@@ -108,9 +108,8 @@ def assert_bitwise_equal(job: Job, other: Job) -> None:
     for key in ("step", "tokens", "loss", "grad_norm", "lr"):
         assert [record[key] for record in job.records()] == [record[key] for record in other.records()]
     ours, theirs = tensors(job), tensors(other)
-    assert (
-        ours.keys() == theirs.keys() and len({key.split("/")[0] for key in ours}) == 2
-    )  # files of two ranks
+    assert ours.keys() == theirs.keys()
+    assert len({key.split("/")[0] for key in ours}) == 2
     assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
 
 
@@ -118,9 +117,12 @@ def test_two_nodes_train_to_the_end(uninterrupted: Job) -> None:
     job = uninterrupted
     assert [record["step"] for record in job.records()] == list(range(1, STEPS + 1))
     assert job.records()[-1]["loss"] < job.records()[0]["loss"] - 0.5
-    assert job.facts()["NodeList"] == "n[1-2]" and job.restarts() == 0
-    assert (job.run_dir / "DONE").exists() and not (job.run_dir / ".requeues").exists()
-    assert job.said().count("== job") == 1 and "== DONE" in job.said()
+    assert job.facts()["NodeList"] == "n[1-2]"
+    assert job.restarts() == 0
+    assert (job.run_dir / "DONE").exists()
+    assert not (job.run_dir / ".requeues").exists()
+    assert job.said().count("== job") == 1
+    assert "== DONE" in job.said()
 
 
 def test_preempted_job_goes_on_bitwise(
@@ -137,7 +139,9 @@ def test_preempted_job_goes_on_bitwise(
     assert cluster.job(urgent)["JobState"] == "COMPLETED"
     assert "REQUEUE" in (clone / "urgent.out").read_text()  # the urgent job ran between the two starts
     assert job.restarts() == 1
-    assert '"reason": "SIGUSR1"' in job.said() and "== requeued" in job.said() and "== DONE" in job.said()
+    assert '"reason": "SIGUSR1"' in job.said()
+    assert "== requeued" in job.said()
+    assert "== DONE" in job.said()
     assert job.said().count("== job") == 2  # the second start wrote behind the first
     assert_bitwise_equal(job, uninterrupted)
 
@@ -155,14 +159,17 @@ def test_warning_before_the_time_limit(cluster: Cluster, clone: Path, overrides:
     cluster.ask("scontrol", "update", f"JobId={job.number}", f"TimeLimit={60 * hours + minutes + 5}")
     job.wait("a requeue", lambda: "== requeued" in job.said())
     cluster.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
-    assert '"reason": "SIGUSR1"' in job.said() and "asked to stop: saved step" in job.said()
+    assert '"reason": "SIGUSR1"' in job.said()
+    assert "asked to stop: saved step" in job.said()
     saved = len(job.records())
     job.wait_for_step(saved + 1)
     cluster.ask("scancel", job.number)
     job.wait("the end", lambda: "== not requeued: Slurm is ending this job" in job.said())
     job.wait_for_state("CANCELLED")
     steps = [record["step"] for record in job.records()]
-    assert job.restarts() == 1 and steps == list(range(1, len(steps) + 1)) and len(steps) > saved
+    assert job.restarts() == 1
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) > saved
 
 
 @pytest.mark.parametrize(
@@ -179,7 +186,9 @@ def test_failed_job_is_not_requeued(
     name = override.partition("=")[0]
     job = Job(cluster, clone, name, "--nodes=1", overrides=[*overrides, override])
     job.wait_for_state("FAILED")
-    assert message in job.said() and "== requeued" not in job.said() and job.restarts() == 0
+    assert message in job.said()
+    assert "== requeued" not in job.said()
+    assert job.restarts() == 0
     assert (job.run_dir / "FAILED").exists() == sentinel
 
 
@@ -201,7 +210,8 @@ def test_three_requeues_in_a_row_without_a_checkpoint(
         os.kill(pid, signal.SIGKILL)
         killed.append(pid)
     job.wait_for_state("FAILED")
-    assert job.restarts() == 4 and job.said().count("== requeued") == 4
+    assert job.restarts() == 4
+    assert job.said().count("== requeued") == 4
     assert "== not requeued: 3 times in a row without a new checkpoint (step-" in job.said()
     assert not any((job.run_dir / name).exists() for name in ("DONE", "REQUEUE", "FAILED"))
 
@@ -211,8 +221,10 @@ def test_second_job_in_a_run_directory_ends(cluster: Cluster, clone: Path, overr
     first.wait_for_step(1)
     second = Job(cluster, clone, "shared", "--nodes=1", overrides=overrides)
     second.wait_for_state("FAILED")
-    assert "is in use by {" in second.said() and f'"slurm_job": "{first.number}"' in second.said()
-    assert first.state() == "RUNNING" and second.restarts() == 0
+    assert "is in use by {" in second.said()
+    assert f'"slurm_job": "{first.number}"' in second.said()
+    assert first.state() == "RUNNING"
+    assert second.restarts() == 0
     cluster.ask("scancel", first.number)
     first.wait_for_state("CANCELLED")
 
@@ -232,7 +244,8 @@ def test_sweep_submits_a_job_for_each_combination(
     for number, run_dir in found.items():
         cluster.wait(f"job {number}", lambda number=number: cluster.job(number)["JobState"] == "COMPLETED")
         records = [json.loads(line) for line in (clone / run_dir / "metrics.jsonl").read_text().splitlines()]
-        assert [record["step"] for record in records] == [1, 2] and (clone / run_dir / "DONE").exists()
+        assert [record["step"] for record in records] == [1, 2]
+        assert (clone / run_dir / "DONE").exists()
         assert f"lr: {run_dir.split('-')[1].split('_')[0]}" in (clone / run_dir / "config.yaml").read_text()
     again = cluster.ask(*command, cwd=clone)
     assert again.splitlines() == [f"finished: runs/grid/{name}" for name in names]

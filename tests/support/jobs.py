@@ -73,7 +73,8 @@ class Job:
         """While the job runs; an error after 90 s."""
         deadline = time.monotonic() + 90
         while not is_so():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.said.read_text()
+            assert self.process.poll() is None, self.said.read_text()
+            assert time.monotonic() < deadline, self.said.read_text()
             self.ranks |= set(workers(self.process.pid).values())
             time.sleep(0.05)
 

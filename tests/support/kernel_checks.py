@@ -75,7 +75,8 @@ def check_against_twin(
     for number, (actual, expected, right, repeated) in enumerate(
         zip(found, plain, truth, again, strict=True)
     ):
-        assert actual.shape == right.shape and actual.dtype == expected.dtype, f"value {number}"
+        assert actual.shape == right.shape, f"value {number}"
+        assert actual.dtype == expected.dtype, f"value {number}"
         assert actual.isfinite().all(), f"value {number} has entries that were not written, or overflowed"
         assert torch.equal(actual, repeated), f"value {number} differs between two runs"
         theirs = errors(expected, right)

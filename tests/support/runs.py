@@ -48,7 +48,8 @@ def start_and_wait(*arguments: str, run_dir: Path, processes: int = 0) -> subpro
         not (run_dir / "metrics.jsonl").exists()
         or len((run_dir / "metrics.jsonl").read_text().splitlines()) < 3
     ):
-        assert process.poll() is None and time.monotonic() < deadline, "the run did not get to step 3"
+        assert process.poll() is None, "the run did not get to step 3"
+        assert time.monotonic() < deadline, "the run did not get to step 3"
         time.sleep(0.1)
     return process
 

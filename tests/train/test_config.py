@@ -48,16 +48,21 @@ def test_precedence_defaults_file_command_line(tmp_path: Path) -> None:
     path = tmp_path / "debug.yaml"  # the same stem as a named run: the file must win
     path.write_text("defaults: [override /model: demo]\ntrain: {steps: 7}\noptimizer: {lr: 5.0e-5}\n")
     cfg = config(f"conf={path}", "optimizer.lr=1e-3", "batch.row_tokens=8", "batch.global_tokens=8")
-    assert cfg.optimizer.lr == 1e-3 and cfg.train.steps == 7 and cfg.optimizer.beta2 == 0.95
-    assert cfg.model.num_layers == 8 and cfg.model.vocab_size == 4096
-    assert cfg.name == "debug" and cfg.run_dir == "runs/debug"
+    assert cfg.optimizer.lr == 1e-3
+    assert cfg.train.steps == 7
+    assert cfg.optimizer.beta2 == 0.95
+    assert cfg.model.num_layers == 8
+    assert cfg.model.vocab_size == 4096
+    assert cfg.name == "debug"
+    assert cfg.run_dir == "runs/debug"
 
 
 def test_a_file_with_header_and_name_keeps_them(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("# @package _global_\nname: other\ntrain: {steps: 3}\nseed: ${train.steps}\n")
     cfg = composed(f"conf={path}")
-    assert cfg.name == "other" and cfg.seed == 3
+    assert cfg.name == "other"
+    assert cfg.seed == 3
 
 
 def test_nothing_is_left_of_a_run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +187,8 @@ def test_a_typo_in_a_file_is_found(tmp_path: Path) -> None:
     path.write_text("batch: {row_token: 8}\n")
     with pytest.raises(HydraException) as caught:
         composed(f"conf={path}")
-    assert "batch.row_token" in explain(caught.value) and "batch.row_tokens" in explain(caught.value)
+    assert "batch.row_token" in explain(caught.value)
+    assert "batch.row_tokens" in explain(caught.value)
 
 
 @cache
@@ -221,16 +227,19 @@ def test_resolved_config_is_plain_yaml() -> None:
 
     text = OmegaConf.to_yaml(composed("conf=debug"), resolve=True)
     assert yaml.safe_load(text)["model"]["num_layers"] == 4
-    assert "${" not in text and "???" not in text
+    assert "${" not in text
+    assert "???" not in text
 
 
 @pytest.mark.parametrize("shape", list(DecayShape))
 def test_schedule(shape: DecayShape) -> None:
     cfg = ScheduleConfig(warmup_tokens=100, decay_tokens=400, decay_shape=shape, min_lr_ratio=0.1)
     factors = [lr_factor(tokens, 1000, cfg) for tokens in range(10, 1001, 10)]
-    assert factors[0] == pytest.approx(0.1) and factors[4] == pytest.approx(0.5)
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[4] == pytest.approx(0.5)
     assert all(f == 1.0 for f in factors[9:60])
-    assert factors[59] == 1.0 and factors[-1] == pytest.approx(0.1)
+    assert factors[59] == 1.0
+    assert factors[-1] == pytest.approx(0.1)
     assert all(a > b for a, b in pairwise(factors[59:]))
     middle = {"linear": 0.55, "cosine": 0.55, "exponential": 0.1**0.5}[shape]
     assert factors[79] == pytest.approx(middle)

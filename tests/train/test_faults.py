@@ -47,7 +47,8 @@ def start(said: Path, arguments: list[str], program: str = "", **variables: str)
 def wait_for(what: Callable[[], bool], job: subprocess.Popen, said: Path) -> None:
     deadline = time.monotonic() + 120
     while not what():
-        assert job.poll() is None and time.monotonic() < deadline, said.read_text()
+        assert job.poll() is None, said.read_text()
+        assert time.monotonic() < deadline, said.read_text()
         time.sleep(0.02)
 
 
@@ -109,7 +110,8 @@ def test_a_port_in_use_is_one_line(license_corpus: Path, tmp_path: Path) -> None
             env={**os.environ, **place, "LOCAL_RANK": "0"}, timeout=120,
         )  # fmt: skip
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 1 and len(errors) == 1, done.stderr
+    assert done.returncode == 1, done.stderr
+    assert len(errors) == 1, done.stderr
     assert re.search(
         rf"rank 0 of 2 did not meet .*127\.0\.0\.1:{port}: .*in use.*choose a free port", errors[0]
     )

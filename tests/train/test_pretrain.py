@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ METRICS = {
 
 
 @pytest.fixture(scope="module")
-def base(license_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[str]]]:
+def base(license_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A finished debug run of plain python, a checkpoint in its middle, and the overrides that made it."""
     run_dir = tmp_path_factory.mktemp("runs") / "base"
     overrides = [
@@ -43,7 +42,7 @@ def base(license_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         "data.eval_fraction=0.1",
     ]
     subprocess.run(command(*overrides, f"run_dir={run_dir}"), cwd=ROOT, check=True, timeout=240)
-    yield run_dir, overrides
+    return run_dir, overrides
 
 
 def test_run_directory(base: tuple[Path, list[str]]) -> None:
@@ -52,13 +51,18 @@ def test_run_directory(base: tuple[Path, list[str]]) -> None:
     assert [record["step"] for record in records] == list(range(1, 21))
     for record in records:
         assert set(record) - {"eval_loss"} == METRICS
-        assert record["tokens"] == 1024 * record["step"] and record["mfu"] is None and record["skipped"] == 0
+        assert record["tokens"] == 1024 * record["step"]
+        assert record["mfu"] is None
+        assert record["skipped"] == 0
     assert [record["step"] for record in records if "eval_loss" in record] == [10, 20]
-    assert records[0]["lr"] == pytest.approx(1e-3 / 4) and records[-1]["lr"] == pytest.approx(1e-4)
+    assert records[0]["lr"] == pytest.approx(1e-3 / 4)
+    assert records[-1]["lr"] == pytest.approx(1e-4)
     assert records[-1]["loss"] < records[0]["loss"] - 0.2
     for line in experts:
-        assert np.array(line["load"]).shape == (4, 4) and np.array(line["load"]).sum(1).tolist() == [2048] * 4
-        assert not np.any(line["dropped"]) and line["moved"] == [0] * 4
+        assert np.array(line["load"]).shape == (4, 4)
+        assert np.array(line["load"]).sum(1).tolist() == [2048] * 4
+        assert not np.any(line["dropped"])
+        assert line["moved"] == [0] * 4
     violation = max(max(load) / 512 - 1 for load in experts[3]["load"])
     assert records[3]["max_violation"] == pytest.approx(violation)
     assert ending(run_dir) == ("DONE", {"code": 0, "step": 20, "reason": "train.steps reached"})
@@ -68,7 +72,8 @@ def test_run_directory(base: tuple[Path, list[str]]) -> None:
     assert manifest["progress"] == {
         "step": 20, "tokens": 20480, "optimizer_steps": 20, "consumed": consumed, "rewinds": [],
     }  # fmt: skip
-    assert manifest["config"]["model"]["num_layers"] == 4 and len(manifest["git_commit"]) == 40
+    assert manifest["config"]["model"]["num_layers"] == 4
+    assert len(manifest["git_commit"]) == 40
     assert {path.name for path in run_dir.iterdir()} == {
         "config.yaml", "metrics.jsonl", "experts.jsonl", "checkpoints", "DONE", ".lock",
     }  # fmt: skip
@@ -87,7 +92,8 @@ def test_resolved_config_reproduces_the_run(base: tuple[Path, list[str]], tmp_pa
         assert column(run_dir, key).tolist() == column(tmp_path / "again", key).tolist()
     assert list(tmp_path.iterdir()) == [tmp_path / "again"]  # Hydra left nothing of its own
     first, second = (tensors(path / "checkpoints/step-20") for path in (run_dir, tmp_path / "again"))
-    assert first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize(("processes", "stage"), [(1, 1), (2, 1), (4, 3)])
@@ -153,7 +159,8 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(base: tuple[Path, list[str
         assert column(tmp_path / "run", key).tolist() == column(run_dir, key).tolist()
     assert lines(tmp_path / "run", "experts") == lines(run_dir, "experts")
     first, second = (tensors(path / "checkpoints/step-20") for path in (run_dir, tmp_path / "run"))
-    assert first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[key], second[key]) for key in first)
 
 
 def test_finished_run_says_so_and_keeps_its_lines(base: tuple[Path, list[str]], tmp_path: Path) -> None:
@@ -161,7 +168,8 @@ def test_finished_run_says_so_and_keeps_its_lines(base: tuple[Path, list[str]], 
     shutil.copytree(run_dir, tmp_path / "run")
     said = pretrain(*overrides, f"run_dir={tmp_path}/run")
     assert "finished" in said
-    assert lines(tmp_path / "run") == lines(run_dir) and ending(tmp_path / "run")[0] == "DONE"
+    assert lines(tmp_path / "run") == lines(run_dir)
+    assert ending(tmp_path / "run")[0] == "DONE"
 
 
 def test_resume_never_sets_earlier_results_aside(base: tuple[Path, list[str]], tmp_path: Path) -> None:
@@ -204,7 +212,8 @@ def test_ctrl_c_under_torchrun(base: tuple[Path, list[str]], tmp_path: Path) -> 
     process.send_signal(signal.SIGINT)
     process.wait(60)
     kind, facts = ending(tmp_path)
-    assert kind == "REQUEUE" and facts["code"] == 75
+    assert kind == "REQUEUE"
+    assert facts["code"] == 75
     assert len(list((tmp_path / f"checkpoints/step-{facts['step']}").glob("*.safetensors"))) == 2
 
 
@@ -284,10 +293,13 @@ def test_wrong_inputs_end_with_one_line(
     result = launch(*base[1], *overrides, f"run_dir={run_dir}")
     assert result.returncode == code
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and message in errors[0], result.stderr
+    assert len(errors) == 1, result.stderr
+    assert message in errors[0], result.stderr
     assert "Traceback" not in result.stderr
     kind, facts = ending(run_dir)
-    assert kind == "FAILED" and facts["code"] == code and message in facts["reason"]
+    assert kind == "FAILED"
+    assert facts["code"] == code
+    assert message in facts["reason"]
 
 
 def test_world_size_that_does_not_divide(base: tuple[Path, list[str]], tmp_path: Path) -> None:
@@ -301,18 +313,18 @@ def test_unknown_key_is_refused_by_the_program() -> None:
     result = launch("conf=debug", "train.step=3")
     assert result.returncode == 2
     expected = "error: train.step: Key 'step' not in 'TrainConfig'; did you mean train.steps"
-    assert result.stderr.startswith(expected) and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(expected)
+    assert result.stderr.count("\n") == 1
 
 
 def test_cfg_and_help() -> None:
     shown = yaml.safe_load(launch("conf=debug", "--cfg", "job", "train.steps=3").stdout)
-    assert shown["train"]["steps"] == 3 and shown["run_dir"] == "runs/debug"
+    assert shown["train"]["steps"] == 3
+    assert shown["run_dir"] == "runs/debug"
     helped = launch("--help")
-    assert (
-        helped.returncode == 0
-        and "run: curriculum_small, debug, demo" in helped.stdout
-        and "conf=NAME" in helped.stdout
-    )
+    assert helped.returncode == 0
+    assert "run: curriculum_small, debug, demo" in helped.stdout
+    assert "conf=NAME" in helped.stdout
 
 
 def test_wandb_offline_keeps_one_run_over_a_resume(base: tuple[Path, list[str]], tmp_path: Path) -> None:
@@ -322,7 +334,8 @@ def test_wandb_offline_keeps_one_run_over_a_resume(base: tuple[Path, list[str]],
     pretrain(*arguments, "train.steps=4")
     assert (tmp_path / "wandb_id").read_text() == identifier
     folders = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
-    assert len(folders) == 2 and all(name.endswith(identifier.strip()) for name in folders)
+    assert len(folders) == 2
+    assert all(name.endswith(identifier.strip()) for name in folders)
 
 
 def test_wandb_that_fails_does_not_stop_the_run(
@@ -343,4 +356,5 @@ def test_corpus_with_too_few_documents_for_evaluation(base: tuple[Path, list[str
     with DatasetWriter(tmp_path / "one", vocab_size=512) as writer:
         writer.add(np.arange(300))
     result = launch(*base[1], f"data.sources=[{{path: {tmp_path}/one}}]", f"run_dir={tmp_path}/run")
-    assert result.returncode == 2 and "the eval split is empty" in result.stderr
+    assert result.returncode == 2
+    assert "the eval split is empty" in result.stderr

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ RATE = 0.01
 
 
 @pytest.fixture(scope="module")
-def base(license_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[str]]]:
+def base(license_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """Eight steps in one process, saved in the middle, and the overrides that made them."""
     run_dir = tmp_path_factory.mktemp("runs") / "base"
     overrides = [
@@ -32,7 +31,7 @@ def base(license_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         "router.aux_scope=global_batch",
     ]
     pretrain(*overrides, f"run_dir={run_dir}")
-    yield run_dir, overrides
+    return run_dir, overrides
 
 
 def biases(checkpoint: Path) -> dict[str, np.ndarray]:
@@ -42,7 +41,8 @@ def biases(checkpoint: Path) -> dict[str, np.ndarray]:
     for key, entry in entries.items():
         if key.startswith("router."):
             (part,) = entry["parts"]
-            assert entry["shape"] == part["shape"] == [EXPERTS] and part["offset"] == [0]
+            assert entry["shape"] == part["shape"] == [EXPERTS]
+            assert part["offset"] == [0]
             found[key] = load_file(checkpoint / part["file"])[key]
     return found
 
@@ -57,19 +57,24 @@ def check_records(run_dir: Path) -> None:
     """metrics.jsonl is the summary of experts.jsonl; capacity 1.0 drops; one EP group moves nothing."""
     for record, experts in zip(lines(run_dir), lines(run_dir, "experts"), strict=True):
         load, dropped, moved = (np.array(experts[key]) for key in ("load", "dropped", "moved"))
-        assert load.shape == dropped.shape == (LAYERS, EXPERTS) and moved.shape == (LAYERS,)
+        assert load.shape == dropped.shape == (LAYERS, EXPERTS)
+        assert moved.shape == (LAYERS,)
         assert load.sum(1).tolist() == [CHOICES] * LAYERS
-        assert (dropped >= 0).all() and (dropped <= load).all()
+        assert (dropped >= 0).all()
+        assert (dropped <= load).all()
         # What is above an equal share of a step is above it in some micro-batch, too.
-        assert (dropped >= load - CHOICES / EXPERTS).all() and dropped.any()
-        assert not moved.any() and record["moved_rate"] == 0
+        assert (dropped >= load - CHOICES / EXPERTS).all()
+        assert dropped.any()
+        assert not moved.any()
+        assert record["moved_rate"] == 0
         violation = load.max(1) / load.mean(1) - 1
         assert experts["max_violation"] == pytest.approx(violation.tolist())
         assert record["max_violation"] == pytest.approx(violation.max())
         assert record["drop_rate"] == pytest.approx(dropped.sum() / load.sum())
         assert record["aux_loss"] == pytest.approx(np.mean(experts["aux_loss"]))
         assert record["router_entropy"] == pytest.approx(np.mean(experts["entropy"]))
-        assert 0.8 < record["aux_loss"] < EXPERTS and 0 < record["router_entropy"] <= np.log(EXPERTS)
+        assert 0.8 < record["aux_loss"] < EXPERTS
+        assert 0 < record["router_entropy"] <= np.log(EXPERTS)
 
 
 def test_records_agree(base: tuple[Path, list[str]]) -> None:
@@ -97,7 +102,8 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(base: tuple[Path, list[str
         assert column(again, key).tolist() == column(run_dir, key).tolist()
     assert lines(again, "experts") == lines(run_dir, "experts")
     first, second = (tensors(path / "checkpoints/step-8") for path in (run_dir, again))
-    assert first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) for key in first)
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize(
@@ -118,4 +124,5 @@ def test_another_layout_goes_on(layout: list[str], base: tuple[Path, list[str]],
         ]
     check_records(again)
     mine, theirs = (biases(path / "checkpoints/step-8") for path in (again, run_dir))
-    assert mine.keys() == theirs.keys() and all(np.array_equal(mine[key], theirs[key]) for key in mine)
+    assert mine.keys() == theirs.keys()
+    assert all(np.array_equal(mine[key], theirs[key]) for key in mine)

@@ -55,13 +55,15 @@ def test_a_run_on_text_is_the_run_on_prepared_files(folder: Path, tmp_path: Path
 
     text = arguments(folder, tmp_path / "text", text_source(folder))
     said = pretrain(*text, processes=2)
-    assert "400 documents" in said and "refused 1 no text field, listed in" in said
+    assert "400 documents" in said
+    assert "refused 1 no text field, listed in" in said
     (cached,) = (tmp_path / "cache").iterdir()
     written = {path: path.stat().st_mtime_ns for path in cached.iterdir()}
 
     again = f"conf={tmp_path}/text/config.yaml"  # the resolved configuration reproduces the run
     said = pretrain(again, f"run_dir={tmp_path}/again", processes=2)
-    assert "tokenized before" in said and "400 documents" not in said
+    assert "tokenized before" in said
+    assert "400 documents" not in said
     assert {path: path.stat().st_mtime_ns for path in cached.iterdir()} == written
     for key in ("loss", "grad_norm"):
         expected = column(tmp_path / "files", key).tolist()
@@ -74,7 +76,8 @@ def test_a_changed_text_is_other_data_and_cannot_go_on(folder: Path, tmp_path: P
     pretrain(*arguments(folder, tmp_path / "run", source), "train.steps=2")
     (tmp_path / "t.jsonl").write_text((folder / "text.jsonl").read_text().replace("words", "other words"))
     result = launch(*arguments(folder, tmp_path / "run", source))
-    assert result.returncode == 2 and "the saved data order has fingerprints=" in result.stderr
+    assert result.returncode == 2
+    assert "the saved data order has fingerprints=" in result.stderr
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
@@ -110,7 +113,9 @@ def test_what_cannot_be_used_ends_all_ranks_with_one_message(
     result = launch(*arguments(folder, tmp_path / "run", source), processes=2, timeout_s=120)
     assert result.codes == [2, 2]
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and message in errors[0] and "Traceback" not in result.stderr, result.err
+    assert len(errors) == 1, result.err
+    assert message in errors[0], result.err
+    assert "Traceback" not in result.stderr, result.err
     assert ending(tmp_path / "run")[1]["code"] == 2
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
@@ -122,7 +127,8 @@ def test_a_killed_leader_ends_the_wait_and_leaves_no_half_cache(folder: Path, tm
     ranks = two_processes(*arguments(folder, tmp_path / "run", source), stderr=tmp_path / "said")
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("cache/.*/partial/tokens.bin.partial")):
-        assert ranks[0].poll() is None and time.monotonic() < deadline
+        assert ranks[0].poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     ranks[0].send_signal(signal.SIGKILL)
     assert [rank.wait(60) for rank in ranks] == [-signal.SIGKILL, 1]
@@ -144,7 +150,9 @@ def wait_for_the_leader(rank: int, folder: str, cache: str) -> None:
     source = SourceConfig(dataset=f"{folder}/text.jsonl", text_key="body")
     cfg = DataConfig(sources=[source, source], tokenizer=folder, cache_dir=cache)
     prefixes = find_tokens(cfg, mesh, StopRequest())
-    assert len(prefixes) == 2 and len(set(prefixes)) == 1 and Path(f"{prefixes[0]}.bin").exists()
+    assert len(prefixes) == 2
+    assert len(set(prefixes)) == 1
+    assert Path(f"{prefixes[0]}.bin").exists()
     assert len(beats) == 5
     heard: list[list[str]] = [[], []]
     dist.all_gather_object(heard, prefixes)

@@ -172,7 +172,8 @@ def test_failure_keeps_the_others(failing: str) -> None:
 
     case = a_case({})._replace(build=unbuildable)
     first, second = measure_case(case, CEILINGS, CountingClock(), with_peers=True)
-    assert first.errors == ["ours: ImportError: no such peer"] and second.ms is None
+    assert first.errors == ["ours: ImportError: no such peer"]
+    assert second.ms is None
 
 
 def test_printed_table_file_and_exit_code(
@@ -183,9 +184,11 @@ def test_printed_table_file_and_exit_code(
     target = tmp_path / "kernels.json"
     assert main(["kernels", "--json", str(target)]) == 1
     out = capsys.readouterr().out
-    assert out.startswith("Some GPU, ") and "product 790 TFLOP/s, copy 4.30 TB/s" in out
+    assert out.startswith("Some GPU, ")
+    assert "product 790 TFLOP/s, copy 4.30 TB/s" in out
     table = [line for line in out.splitlines()[2:] if not line.startswith(" ")]
-    assert len({len(line) for line in table}) == 1 and len(table[0]) <= 120
+    assert len({len(line) for line in table}) == 1
+    assert len(table[0]) <= 120
     assert "    ours: RuntimeError: no room" in out.splitlines()
     numbers = json.loads(target.read_text())
     assert numbers["ceilings"] == {"tflops": 790, "tb_per_s": 4.3}
@@ -250,7 +253,8 @@ def test_refusals(
     monkeypatch.setattr("scripts.benchmarks.tables.all_cases", lambda _: all_cases(CPU))
     assert main(["kernels", *arguments]) == 2
     said = capsys.readouterr()
-    assert message in said.err and len(said.err.splitlines()) == 1
+    assert message in said.err
+    assert len(said.err.splitlines()) == 1
     assert not said.out
 
 
@@ -261,4 +265,6 @@ def test_peers_are_imported_when_they_are_timed() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout == "[]\n"
     text = (ROOT / "scripts" / "benchmarks" / "cases.py").read_text()
-    assert "import chunk_simple_gla" in text and "\nfrom fla" not in text and "\nfrom liger" not in text
+    assert "import chunk_simple_gla" in text
+    assert "\nfrom fla" not in text
+    assert "\nfrom liger" not in text

@@ -125,7 +125,8 @@ def test_configs_survive_both_ways(layout: Layout, changes: dict) -> None:
 def test_partial_rotary_is_said_loudly() -> None:
     cfg = ModelConfig(**{**TINY, "rotary_dim": 4, "slope_rule": SlopeRule.transformers})
     config, (warning,) = write_config(cfg, Layout.transformers, dtype="float32", carried={})
-    assert "rotary_dim=4 of head_dim=8" in warning and "--layout text01" in warning
+    assert "rotary_dim=4 of head_dim=8" in warning
+    assert "--layout text01" in warning
     (warning,) = read_config(config, "here").warnings
     assert warning.startswith("here: rotary_dim=4")
     assert (

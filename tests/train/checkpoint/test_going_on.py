@@ -103,8 +103,10 @@ def test_damage_is_rejected_with_its_reason_and_the_one_before_is_used(
     damage(root / "step-10" / name)
     damaged = {path.name: path.read_bytes() for path in (root / "step-10").iterdir()}
     (step, said), (other, heard) = choose(tmp_path / "run", CheckpointConfig(), tmp_path)
-    assert step == other == 2 and heard == []  # the leader alone speaks
-    assert said[0].startswith(f"rejected step-10: {root}/step-10/{name}: ") and reason in said[0]
+    assert step == other == 2
+    assert heard == []
+    assert said[0].startswith(f"rejected step-10: {root}/step-10/{name}: ")
+    assert reason in said[0]
     assert names(root) == ["rejected-step-10", "step-1", "step-2"]  # a later save of step 10 meets nothing
     assert {path.name: path.read_bytes() for path in (root / "rejected-step-10").iterdir()} == damaged
 
@@ -172,7 +174,8 @@ def test_what_each_level_of_verification_sees(tmp_path: Path) -> None:
     content = content_of(root / "step-2")
     content["step"] = 2  # sense, but another checksum
     (root / "step-2/manifest.json").write_text(json.dumps({**content, "x": 1}))
-    assert chosen(Verify.off) == 2 and chosen(Verify.size) == 1
+    assert chosen(Verify.off) == 2
+    assert chosen(Verify.size) == 1
 
 
 def test_a_checkpoint_from_before_hashes(tmp_path: Path) -> None:
@@ -212,7 +215,9 @@ def test_weights_of_another_run(tmp_path: Path) -> None:
     flip(root / "step-2" / SHARD)
     for init, step in ((tmp_path / "other", 1), (root / "step-1", 1)):
         start = choose_start(tmp_path / "run", CheckpointConfig(init=str(init)), ALONE, StopRequest())
-        assert start.resumed is None and start.initial is not None and start.initial.step == step
+        assert start.resumed is None
+        assert start.initial is not None
+        assert start.initial.step == step
         assert start.step == 0
     assert names(root) == ["step-1", "step-2"]  # another's folders stay as they are
     with pytest.raises(
@@ -278,7 +283,8 @@ def test_changes_are_shown_and_judged(
     assert f"changed since step-3: {line}" in caplog.text
     assert (line in said) == (kind is not None)
     if kind == "model":
-        assert "checkpoint.init=" in said and changed(tmp_path, now, *Change)
+        assert "checkpoint.init=" in said
+        assert changed(tmp_path, now, *Change)
     elif kind is not None:
         assert f"checkpoint.allow_changes=[{kind}]" in said
         assert not changed(tmp_path, now, Change(kind))
@@ -341,7 +347,8 @@ def test_the_program_falls_back_and_lives_as_if_nothing_had_been(
     same = [*arguments(license_corpus, run_dir), "train.steps=2"]
     said = pretrain(*same, processes=2)
     assert f"rejected step-2: {run_dir}/checkpoints/step-2/{SHARD}: sha256 " in said
-    assert "resumed from" in said and "checkpoints/step-1" in said
+    assert "resumed from" in said
+    assert "checkpoints/step-1" in said
     assert names(run_dir / "checkpoints") == ["rejected-step-2", "step-1", "step-2"]
     assert column(run_dir, "loss").tolist() == column(trained, "loss").tolist()
     again, first = tensors(run_dir / "checkpoints/step-2"), tensors(trained / "checkpoints/step-2")
@@ -350,7 +357,8 @@ def test_the_program_falls_back_and_lives_as_if_nothing_had_been(
         flip(run_dir / f"checkpoints/step-{step}/{SHARD}")
     result = launch(*same, processes=2)
     kind, facts = ending(run_dir)
-    assert result.codes == [3, 3] and (kind, facts["code"]) == ("FAILED", 3)
+    assert result.codes == [3, 3]
+    assert (kind, facts["code"]) == ("FAILED", 3)
     assert all(f"step-{step}/{SHARD}: sha256" in facts["reason"] for step in (1, 2))
     assert column(run_dir, "loss").tolist() == column(trained, "loss").tolist()  # none from random weights
 
@@ -360,7 +368,8 @@ def test_a_changed_model_is_refused_by_all_ranks(trained: Path, license_corpus: 
     run_dir = shutil.copytree(trained, tmp_path / "run")
     result = launch(*arguments(license_corpus, run_dir), "model.num_layers=8", "train.steps=3", processes=2)
     kind, facts = ending(run_dir)
-    assert (kind, facts["code"]) == ("FAILED", 2) and "model.num_layers: 4 -> 8  [model]" in facts["reason"]
+    assert (kind, facts["code"]) == ("FAILED", 2)
+    assert "model.num_layers: 4 -> 8  [model]" in facts["reason"]
     assert result.codes == [2, 2]
 
 
@@ -374,7 +383,8 @@ def test_changed_data_are_refused_before_a_step_and_begin_anew_if_allowed(
             writer.add(np.arange(200) % 512)
     same = [*arguments(other, run_dir), "train.steps=3"]
     result = launch(*same)
-    assert result.returncode == 2 and f"changed: {other}" in result.stderr
+    assert result.returncode == 2
+    assert f"changed: {other}" in result.stderr
     assert lines(run_dir) == lines(trained)
     said = pretrain(*same, "checkpoint.allow_changes=[data]")
     assert "the data are read from their start" in said
@@ -388,7 +398,8 @@ def test_a_new_run_starts_from_weights(trained: Path, license_corpus: Path, tmp_
     origin, run_dir = shutil.copytree(trained, tmp_path / "origin"), tmp_path / "run"
     start = [*arguments(license_corpus, run_dir), "optimizer.lr=1e-9", f"checkpoint.init={origin}"]
     said = pretrain(*start, "model.num_layers=4", "train.steps=1", "parallel.ep=2", processes=2)
-    assert "weights are those of" in said and [record["step"] for record in lines(run_dir)] == [1]
+    assert "weights are those of" in said
+    assert [record["step"] for record in lines(run_dir)] == [1]
     before, after = (whole(path) for path in (origin / "checkpoints/step-2", run_dir / "checkpoints/step-1"))
     assert all(torch.allclose(after[key], before[key], atol=1e-6) for key in before if "model." in key)
     assert read_manifest(run_dir / "checkpoints/step-1").part("progress")["optimizer_steps"] == 1

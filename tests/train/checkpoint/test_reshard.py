@@ -51,12 +51,16 @@ def test_clocks_rng_and_router_bias_come_along(
     shutil.copytree(first, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/step-6")
     ended = run_forked(tmp_path / "run", *asked, *layout, processes=2)
-    assert ended.codes == [0, 0] and "resumed from" in ended.said[0], ended.said
+    assert ended.codes == [0, 0], ended.said
+    assert "resumed from" in ended.said[0], ended.said
     rates = column(first, "lr")
-    assert len(set(rates.tolist())) > 3 and column(tmp_path / "run", "lr").tolist() == rates.tolist()
+    assert len(set(rates.tolist())) > 3
+    assert column(tmp_path / "run", "lr").tolist() == rates.tolist()
     for key in ("tokens", "loss", "grad_norm"):
         np.testing.assert_allclose(column(tmp_path / "run", key), column(first, key), rtol=1e-5)
     loads = [[line["load"] for line in lines(each, "experts")] for each in (tmp_path / "run", first)]
     assert loads[0] == loads[1]
     mine, truth = (biases(each / "checkpoints/step-6") for each in (tmp_path / "run", first))
-    assert len(truth) == 4 and mine == truth and all(map(any, truth.values()))
+    assert len(truth) == 4
+    assert mine == truth
+    assert all(map(any, truth.values()))

@@ -73,6 +73,7 @@ def test_resumed_is_bitwise_the_uninterrupted(
     for key, value in whole.items():
         assert cut[key] == value, key
     first, second = (tensors(tmp_path / name / "checkpoints/step-8") for name in runs)
-    assert first.keys() == second.keys() and any("exp_avg_sq" in key for key in first)
+    assert first.keys() == second.keys()
+    assert any("exp_avg_sq" in key for key in first)
     for key, value in first.items():
         np.testing.assert_array_equal(second[key], value, err_msg=key)

@@ -76,13 +76,13 @@ def test_a_rewound_run_leaves_out_exactly_the_range(runs: Path) -> None:
         assert after[5] == before[5]
         assert [after[step] for step in (6, 7, 8)] == [before[step] for step in (8, 9, 10)]
     plain, rewound = progress_at(runs / "plain", STEPS), progress_at(runs / "first", STEPS)
-    assert rewound["rewinds"] == [[4, 6, 8]] and plain["rewinds"] == []
+    assert rewound["rewinds"] == [[4, 6, 8]]
+    assert plain["rewinds"] == []
     skipped = [
         progress_at(runs / "plain", 7)["consumed"][""][0] - progress_at(runs / "plain", 5)["consumed"][""][0]
     ]
-    assert (
-        rewound["consumed"]["skipped by rewind"] == skipped and "skipped by rewind" not in plain["consumed"]
-    )
+    assert rewound["consumed"]["skipped by rewind"] == skipped
+    assert "skipped by rewind" not in plain["consumed"]
     for step in range(5, STEPS + 1):  # the ledger is exact at every step, before the gap and after it
         taken = progress_at(runs / "first", step)["consumed"]
         past = taken.get("skipped by rewind", [0])[0]
@@ -95,13 +95,15 @@ def test_a_rewound_run_leaves_out_exactly_the_range(runs: Path) -> None:
 
 def test_a_rewind_loses_nothing(runs: Path) -> None:
     aside = runs / "first/previous-1"
-    assert saved(aside) == [5, 6, 7, 8, 9, 10] and saved(runs / "first") == list(range(1, STEPS + 1))
+    assert saved(aside) == [5, 6, 7, 8, 9, 10]
+    assert saved(runs / "first") == list(range(1, STEPS + 1))
     assert all(same_state(aside, runs / "plain", step) for step in saved(aside))
     for name in ("metrics.jsonl", "experts.jsonl"):
         assert (aside / name).read_bytes() == (runs / "plain" / name).read_bytes()
     assert [record["step"] for record in lines(runs / "first")] == list(range(1, STEPS + 1))
     old, new = column(runs / "plain", "loss"), column(runs / "first", "loss")
-    assert old[:5].tolist() == new[:5].tolist() and np.all(old[5:] != new[5:])
+    assert old[:5].tolist() == new[:5].tolist()
+    assert np.all(old[5:] != new[5:])
 
 
 def test_the_same_command_twice_gives_the_same_bits(runs: Path) -> None:
@@ -124,7 +126,8 @@ def test_a_restart_does_not_rewind_again(
     ended = run(run_dir, license_corpus, *again, rows=tmp_path / "rows")
     assert ended.codes == [0, 0], ended.said
     assert sorted(rows_of(tmp_path / "rows", 0)) == list(range(left + 1, STEPS + 1))
-    assert same_state(run_dir, runs / "first") and progress_at(run_dir, STEPS)["rewinds"] == [[4, 6, 8]]
+    assert same_state(run_dir, runs / "first")
+    assert progress_at(run_dir, STEPS)["rewinds"] == [[4, 6, 8]]
     assert [path.name for path in run_dir.glob("previous-*")] == ["previous-1"]
 
 
@@ -137,12 +140,11 @@ def test_a_rewind_to_a_step_that_is_not_there_moves_nothing(
     ended = run(run_dir, license_corpus, *REWIND, rows=tmp_path / "rows")
     assert ended.codes == [2, 2], ended.said
     kind, facts = ending(run_dir)
-    assert (
-        kind == "FAILED"
-        and "rewind.to=4" in facts["reason"]
-        and "has no step-4, but steps [1, 2, 3, 5" in facts["reason"]
-    )
-    assert saved(run_dir) == [1, 2, 3, 5, 6, 7, 8, 9, 10] and not list(run_dir.glob("previous-*"))
+    assert kind == "FAILED"
+    assert "rewind.to=4" in facts["reason"]
+    assert "has no step-4, but steps [1, 2, 3, 5" in facts["reason"]
+    assert saved(run_dir) == [1, 2, 3, 5, 6, 7, 8, 9, 10]
+    assert not list(run_dir.glob("previous-*"))
 
 
 def test_a_range_that_overlaps_an_earlier_one_is_refused_before_anything_moves(
@@ -153,10 +155,12 @@ def test_a_range_that_overlaps_an_earlier_one_is_refused_before_anything_moves(
     (run_dir / "wandb_id").write_text("abandoned")
     before = sorted(run_dir.rglob("*"))
     problem = set_newer_aside(run_dir, RewindConfig(to=6, skip=[7, 9]))
-    assert problem is not None and "rewind.skip: [6, 8] and one from 7 overlap" in problem
+    assert problem is not None
+    assert "rewind.skip: [6, 8] and one from 7 overlap" in problem
     assert sorted(run_dir.rglob("*")) == before
     assert set_newer_aside(run_dir, RewindConfig(to=6, skip=[8, 9])) is None
-    assert saved(run_dir) == [1, 2, 3, 4, 5, 6] and not (run_dir / "wandb_id").exists()
+    assert saved(run_dir) == [1, 2, 3, 4, 5, 6]
+    assert not (run_dir / "wandb_id").exists()
     assert (run_dir / "previous-2/wandb_id").read_text() == "abandoned"
 
 
@@ -166,7 +170,8 @@ def test_a_damaged_checkpoint_is_none_of_a_rewind(text: str, tmp_path: Path) -> 
     for step in (4, 5):
         (tmp_path / f"checkpoints/step-{step}").mkdir(parents=True)
         (tmp_path / f"checkpoints/step-{step}/manifest.json").write_text(text)
-    assert set_newer_aside(tmp_path, RewindConfig(to=4, skip=[6, 8])) is None and saved(tmp_path) == [4]
+    assert set_newer_aside(tmp_path, RewindConfig(to=4, skip=[6, 8])) is None
+    assert saved(tmp_path) == [4]
 
 
 @pytest.mark.parametrize(

@@ -148,14 +148,17 @@ def three_good_then(rank: int, root: Path, mode: str, kind: str, at: int, point:
         assert not list(root.glob(".tmp-*"))  # at once, not only at the next start
     assert kind != "kill" or point == "reported 2", "a dead rank was not noticed"
     if point == "mid_retention":
-        assert failures == [] and saver.saved_step == 4
+        assert failures == []
+        assert saver.saved_step == 4
     else:
         (text,) = failures  # the same on both ranks
         assert text.startswith(f"checkpoint 4 failed: rank {at}: "), text
-        assert text.endswith("; the last good one is step 3") and saver.saved_step == 3
+        assert text.endswith("; the last good one is step 3")
+        assert saver.saved_step == 3
         reason = {"exception": "RuntimeError: injected", "ENOSPC": "No space left"}[kind]
         assert reason in text, text
-    assert save(saver, rank, 5, mode) == [] and saver.saved_step == 5
+    assert save(saver, rank, 5, mode) == []
+    assert saver.saved_step == 5
 
 
 def next_start(rank: int, root: Path, steps: Sequence[int], options: Sequence[Sequence[int]]) -> None:
@@ -197,7 +200,8 @@ def strike(tmp_path: Path, mode: str, kind: str, rank: int, point: str) -> None:
         assert codes == [0, 0]
         options = [[4, 5]] if point in SAFE else [[3, 5]]
     else:
-        assert codes[rank] == -signal.SIGKILL and codes[1 - rank] not in (0, None), codes
+        assert codes[rank] == -signal.SIGKILL, codes
+        assert codes[1 - rank] not in (0, None), codes
         kept = {"before": [[2, 3]], "after_rename": [[2, 3, 4]], "mid_retention": [[3, 4]]}
         options = kept.get(point, kept["before"])
         if (rank, point) == (1, "reported 2"):  # the leader may have all it needs by then
@@ -342,14 +346,17 @@ def test_one_save_is_in_flight_and_training_does_not_wait_for_it(
     saver, facts = alone(tmp_path), {"step": 1, "window": [1.0]}
     saver.save(1, boxes(state(0, 1), 0), facts, SaveMode["async"])
     facts["window"] = [2.0]
-    assert not list(tmp_path.glob("step-*")) and saver.saved_step == 0  # it came back before
+    assert not list(tmp_path.glob("step-*"))
+    assert saver.saved_step == 0
     threading.Timer(0.2, gate.set).start()
     slab = saver._slab.data_ptr()
     saver.save(2, boxes(state(0, 2), 0), {"step": 2}, SaveMode["async"])
-    assert saver.read_stall_s() > 0.15 and saver.read_stall_s() == 0
+    assert saver.read_stall_s() > 0.15
+    assert saver.read_stall_s() == 0
     saver.wait()
     assert events == ["start", "after_rename"] * 2
-    assert saver._slab.data_ptr() == slab and saver.saved_step == 2
+    assert saver._slab.data_ptr() == slab
+    assert saver.saved_step == 2
     assert json.loads((tmp_path / "step-1/manifest.json").read_text())["window"] == [1.0]
 
 
@@ -395,7 +402,8 @@ def test_a_save_longer_than_the_grace_is_warned_of_once(
         saver.save(step, {}, {"step": step}, SaveMode.sync)
         assert ("a save took" in caplog.text) == (step > 1)
     assert caplog.text.count("torchrun kills its ranks 30 s after a stop signal") == 1
-    assert "a save took 16 s" in caplog.text and "PET_SHUTDOWN_TIMEOUT=64" in caplog.text
+    assert "a save took 16 s" in caplog.text
+    assert "PET_SHUTDOWN_TIMEOUT=64" in caplog.text
 
 
 @pytest.mark.parametrize(

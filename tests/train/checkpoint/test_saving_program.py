@@ -24,7 +24,8 @@ from tests.support.runs import column, ending, lines, tensors
 def wait_for(condition: Callable[[], object], job: subprocess.Popen, said: Path) -> None:
     deadline = time.monotonic() + 90
     while not condition():
-        assert job.poll() is None and time.monotonic() < deadline, said.read_text()
+        assert job.poll() is None, said.read_text()
+        assert time.monotonic() < deadline, said.read_text()
         time.sleep(0.05)
 
 
@@ -73,13 +74,15 @@ def test_a_run_outlives_a_full_disk(
         finally:
             job.kill()
     kind, facts = ending(run_dir)
-    assert (kind, facts["code"]) == ("FAILED", 1) and saved(run_dir) == kept
+    assert (kind, facts["code"]) == ("FAILED", 1)
+    assert saved(run_dir) == kept
     last = (
         rf"checkpoint {facts['step']} failed: rank 0: No space left: .*; the last good one is step {kept[-1]}"
     )
     assert re.fullmatch(last, facts["reason"])
     ages = column(run_dir, "checkpoint_age_steps")
-    assert ages[:4].tolist() == [1, 2, 3, 4] and ages[-1] >= facts["step"] - kept[-1]
+    assert ages[:4].tolist() == [1, 2, 3, 4]
+    assert ages[-1] >= facts["step"] - kept[-1]
     (disk / "filler").unlink()
     pretrain(*overrides, f"train.steps={kept[-1] + 1}", processes=2)
     assert saved(run_dir)[-1] == kept[-1] + 1
@@ -118,7 +121,8 @@ def test_a_save_that_the_grace_cuts_off_is_no_checkpoint(license_corpus: Path, t
     assert int(partial.name.split("-")[2]) == kept[-1] + 4
     flag.unlink()
     again = pretrain(*overrides, f"train.steps={kept[-1] + 1}", processes=2)
-    assert f"resumed from {run_dir}/checkpoints/step-{kept[-1]}" in again and not partial.exists()
+    assert f"resumed from {run_dir}/checkpoints/step-{kept[-1]}" in again
+    assert not partial.exists()
 
 
 @pytest.mark.faults
@@ -130,7 +134,8 @@ def test_a_run_that_saves_beside_training_resumes_bit_for_bit(license_corpus: Pa
         pretrain(*overrides, f"checkpoint.mode={mode}", f"run_dir={tmp_path}/{mode}", processes=2)
     for step in range(1, 13):
         first, second = (tensors(tmp_path / f"{mode}/checkpoints/step-{step}") for mode in ("sync", "async"))
-        assert first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first), step
+        assert first.keys() == second.keys(), step
+        assert all(np.array_equal(first[k], second[k]) for k in first), step
     for step in range(7, 13):
         shutil.rmtree(tmp_path / f"async/checkpoints/step-{step}")
     pretrain(*overrides, "checkpoint.mode=async", f"run_dir={tmp_path}/async", processes=2)

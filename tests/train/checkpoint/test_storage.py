@@ -57,7 +57,8 @@ def test_damage_is_named(name: str, damage: Callable[[Path], None], reason: str,
     assert verify(path) == verify(other) == []
     damage(path / name)
     (problem,) = verify(path)
-    assert problem.startswith(f"{path / name}: ") and reason in problem
+    assert problem.startswith(f"{path / name}: ")
+    assert reason in problem
     assert verify(other) == []
 
 
@@ -92,7 +93,8 @@ def test_script(tmp_path: Path) -> None:
     assert script("verify", tmp_path).returncode == script("inspect", path).returncode == 0
     flip(path / SHARD)
     result = script("verify", path)
-    assert result.returncode == 3 and result.stdout.startswith(f"{path / SHARD}: sha256 ")
+    assert result.returncode == 3
+    assert result.stdout.startswith(f"{path / SHARD}: sha256 ")
     (path / "manifest.json").write_text("")
     assert script("verify", path).returncode == script("inspect", path).returncode == 3
     assert script("verify", tmp_path / "none").returncode == 2

@@ -41,7 +41,8 @@ def test_the_library_reads_every_tensor(tmp_path: Path) -> None:
     found = load_file(path)
     assert found.keys() == values.keys()
     for name, tensor in values.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
     with safe_open(path, framework="pt") as file:  # slices are mapped: they need aligned tensors
         assert torch.equal(file.get_slice("brain")[1:3, 2:], values["brain"][1:3, 2:])
     content = path.read_bytes()

@@ -49,10 +49,15 @@ def test_exhausted_data_end_the_run_after_a_save(license_corpus: Path, tmp_path:
         assert result.codes == [2, 2], result.said
         kind, facts = ending(tmp_path / name)
         ended[name] = step = lines(tmp_path / name)[-1]["step"]
-        assert kind == "FAILED" and facts["code"] == 2 and facts["reason"].endswith(f"step {step} is saved")
-        assert "raise data.sources[*].max_epochs" in facts["reason"] and steps_in(tmp_path / name) == [step]
+        assert kind == "FAILED"
+        assert facts["code"] == 2
+        assert facts["reason"].endswith(f"step {step} is saved")
+        assert "raise data.sources[*].max_epochs" in facts["reason"]
+        assert steps_in(tmp_path / name) == [step]
     step = ended["first"]
-    assert 1 < step < 48 and ended["second"] == step and same(tmp_path / "first", tmp_path / "second", step)
+    assert 1 < step < 48
+    assert ended["second"] == step
+    assert same(tmp_path / "first", tmp_path / "second", step)
     result = run_forked(tmp_path / "first", source(license_corpus), f"train.steps={step + 2}", processes=2)
     assert result.codes == [0, 0], result.said
     assert [record["step"] for record in lines(tmp_path / "first")] == list(range(1, step + 3))
@@ -66,11 +71,13 @@ def test_the_last_step_is_saved_once_and_again_changes_nothing(
     seen = []
     for _ in range(2):
         result = run_forked(tmp_path, *overrides, processes=1)
-        assert result.codes == [0] and steps_in(tmp_path) == saved, result.said
+        assert result.codes == [0], result.said
+        assert steps_in(tmp_path) == saved, result.said
         saves = {path: path.stat().st_mtime_ns for path in tmp_path.glob("checkpoints/*/*.safetensors")}
         seen.append((saves, [(tmp_path / name).read_bytes() for name in ("metrics.jsonl", "experts.jsonl")]))
         assert result.said[0].count(f"saved {tmp_path}/checkpoints/step-{steps}") == 2 - len(seen)
-    assert seen[0] == seen[1] and ending(tmp_path)[0] == "DONE"
+    assert seen[0] == seen[1]
+    assert ending(tmp_path)[0] == "DONE"
 
 
 def stopped_in(name: str, rank: int) -> None:
@@ -126,7 +133,8 @@ def fails_while_it_saves(rank: int) -> None:
 def test_a_run_that_fails_keeps_the_save_in_flight(license_corpus: Path, tmp_path: Path) -> None:
     arguments = [source(license_corpus), "checkpoint.mode=async", "checkpoint.every=2", "train.steps=4"]
     result = run_forked(tmp_path, *arguments, processes=2, fault=fails_while_it_saves)
-    assert result.codes == [1, 1] and "out of luck" in result.said[1], result.said
+    assert result.codes == [1, 1], result.said
+    assert "out of luck" in result.said[1], result.said
     assert steps_in(tmp_path) == [2]
     assert run_forked(tmp_path, *arguments, processes=2).codes == [0, 0]
     assert [record["step"] for record in lines(tmp_path)] == [1, 2, 3, 4]
@@ -135,7 +143,7 @@ def test_a_run_that_fails_keeps_the_save_in_flight(license_corpus: Path, tmp_pat
 def test_a_save_that_hangs_does_not_keep_a_failed_run(tmp_path: Path) -> None:
     root, hangs = tmp_path / "checkpoints", threading.Event()
     saver = Saver(root, CheckpointConfig(), Axis("world", 0, (0,)), step=0)
-    with mock.patch("train.checkpoint.storage.failpoint", lambda name: hangs.wait(20)):
+    with mock.patch("train.checkpoint.storage.failpoint", side_effect=lambda name: hangs.wait(20)):
         saver.save(1, {"x": Box(torch.ones(2), (2,), (0,))}, {"step": 1}, SaveMode["async"])
         saver.settle(0.01)
         assert not steps_in(tmp_path)
@@ -167,7 +175,8 @@ def test_wandb_cannot_harm_a_run(fault: Callable[[int], None], license_corpus: P
     for name in ("metrics", "experts"):
         assert [line["step"] for line in lines(tmp_path / "run", name)] == [1, 2, 3]
     assert column(tmp_path / "run", "loss").tolist() == column(tmp_path / "plain", "loss").tolist()
-    assert same(tmp_path / "run", tmp_path / "plain", 3) and ending(tmp_path / "run")[0] == "DONE"
+    assert same(tmp_path / "run", tmp_path / "plain", 3)
+    assert ending(tmp_path / "run")[0] == "DONE"
 
 
 def test_a_trace_has_the_steps_that_were_asked_for(license_corpus: Path, tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ def test_any_flipped_bit_changes_the_hash(
     torch.manual_seed(0)
     x = make()
     (before,) = digests([x])
-    assert digests([x.clone()]).tolist() == [before] and digests([torch.ones(3), x])[1] == before
+    assert digests([x.clone()]).tolist() == [before]
+    assert digests([torch.ones(3), x])[1] == before
     words = x.view(-1).view(torch.int32)
     for place in range(len(words)):
         for bit in (0, 13, 22, 31):
@@ -72,7 +73,8 @@ def test_swapped_elements_and_signs_of_zero_change_the_hash() -> None:
         assert digests([x]) != digests([other])
     ab, ba = torch.arange(12.0), torch.arange(12.0)
     ba[[2, 9]] = ab[[9, 2]]
-    assert digests([ab]) != digests([ba]) and digests([ab[:0], ab]).shape == (2,)
+    assert digests([ab]) != digests([ba])
+    assert digests([ab[:0], ab]).shape == (2,)
 
 
 def test_swapped_words_and_blocks_change_the_hash(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +161,10 @@ def test_a_flip_at_rest_is_named_and_not_saved(
     kind, facts = ending(run_dir)
     assert (kind, facts["code"], facts["step"]) == ("REQUEUE", 75, step)
     named = f"rank 1 on {platform.node()}: {name} changed between two updates"
-    assert named in facts["reason"] and facts["reason"].count(" changed ") == 1
-    assert named in ended.said[1] and "step 3: silent corruption" in ended.said[0]
+    assert named in facts["reason"]
+    assert facts["reason"].count(" changed ") == 1
+    assert named in ended.said[1]
+    assert "step 3: silent corruption" in ended.said[0]
     assert sorted(path.name for path in (run_dir / "checkpoints").glob("[!.]*")) == (
         ["step-1", "step-2"] if saves else ["step-2"]
     )
@@ -192,7 +196,8 @@ def test_replicas_over_tp_that_part_are_named(
     )  # fmt: skip
     assert ended.codes == [75] * tp, ended.said
     kind, facts = ending(tmp_path)
-    assert (kind, facts["step"]) == ("REQUEUE", 2) and found in facts["reason"]
+    assert (kind, facts["step"]) == ("REQUEUE", 2)
+    assert found in facts["reason"]
     assert not list(tmp_path.glob("checkpoints/step-*"))
 
 
@@ -237,7 +242,8 @@ def test_a_suspicious_step_is_computed_again(
         assert "other bits" not in "".join(ended.said)
         assert [record["skipped"] for record in lines(run_dir)] == [0, 0, 1, 0]
         return
-    assert where in ended.said[1] and "other bits" not in ended.said[0].replace("ranks got other bits", "")
+    assert where in ended.said[1]
+    assert "other bits" not in ended.said[0].replace("ranks got other bits", "")
     assert "step 3: computed again, 1 ranks got other bits: a transient error" in ended.said[0]
     assert [record["skipped"] for record in lines(run_dir)] == [0, 0, 0, 0]
     assert run_forked(clean, *overrides, processes=2).codes == [0, 0]  # and counts, drops, bias as there
@@ -259,9 +265,12 @@ def test_rerun_needs_a_device_that_repeats_bits() -> None:
 
 def test_suspicion_is_what_the_policy_calls_a_spike() -> None:
     health = Health(HealthConfig(window=4))
-    assert not health.suspects(1e9, 1e9) and health.suspects(1.0, float("inf"))
+    assert not health.suspects(1e9, 1e9)
+    assert health.suspects(1.0, float("inf"))
     for loss in (1.0, 1.1, 1.0):
         health.judge(loss, 1.0)
     before = health.state_dict()
-    assert health.suspects(9.0, 1.0) and health.suspects(1.0, 2.0) and not health.suspects(1.05, 1.0)
+    assert health.suspects(9.0, 1.0)
+    assert health.suspects(1.0, 2.0)
+    assert not health.suspects(1.05, 1.0)
     assert health.state_dict() == before

@@ -25,9 +25,11 @@ def arguments(corpus: Path, run_dir: Path) -> list[str]:
 
 def test_a_second_holder_learns_who_the_first_is(tmp_path: Path) -> None:
     first = take_lock(tmp_path / "run", "a:1", "42")
-    assert first.holder is None and lock_holder(tmp_path / "run", "a:1") is None
+    assert first.holder is None
+    assert lock_holder(tmp_path / "run", "a:1") is None
     second = take_lock(tmp_path / "run", "b:2", None)
-    assert second.file is None and second.holder is not None
+    assert second.file is None
+    assert second.holder is not None
     assert re.fullmatch(rf"another job \(host \S+, pid {os.getpid()}, Slurm job 42\)", second.holder)
     assert lock_holder(tmp_path / "run", "b:2") == second.holder
     assert first.file is not None
@@ -69,9 +71,11 @@ def test_a_run_directory_that_cannot_be_written_is_one_line_on_all_ranks(
         ended = launch(*arguments(license_corpus, parent / "run"), processes=2)
     assert ended.codes == [2, 2], ended.said
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in "".join(ended.said)
+    assert len(errors) == 1
+    assert "Traceback" not in "".join(ended.said)
     reason = "No space left on device" if where == "full disk" else "Not a directory"
-    assert f"run_dir={parent / 'run'} cannot be used: " in errors[0] and reason in errors[0]
+    assert f"run_dir={parent / 'run'} cannot be used: " in errors[0]
+    assert reason in errors[0]
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
@@ -96,7 +100,9 @@ def test_the_second_job_is_refused_before_it_writes(
     assert len(errors) == 1, second.stderr
     holder = rf"run_dir={run_dir} is in use by another job \(host \S+, pid {first.pid}\); stop it"
     assert re.search(holder, errors[0])
-    assert second.codes == [2, 2] and wrong.codes == [2] and "train.steps=0" in wrong.stderr
+    assert second.codes == [2, 2]
+    assert wrong.codes == [2]
+    assert "train.steps=0" in wrong.stderr
     assert json.loads((run_dir / "REQUEUE").read_text())["code"] == 75
 
 

@@ -61,7 +61,8 @@ def test_nan_on_one_rank_skips_one_step_on_all_and_is_named(
     )  # fmt: skip
     said = result.stdout + result.stderr
     assert result.returncode == 0, said
-    assert f"step 3: non-finite on rank 1: loss of {where}" in said and said.count("non-finite on") == 1
+    assert f"step 3: non-finite on rank 1: loss of {where}" in said
+    assert said.count("non-finite on") == 1
     assert [record["skipped"] for record in lines(tmp_path / "run")] == [0, 0, 1, 0]
     second, third, fourth = (tensors(tmp_path / f"run/checkpoints/step-{step}") for step in (2, 3, 4))
     assert {name.split("/")[0] for name in second} == {f"rank-0000{r}.safetensors" for r in range(2)}
@@ -112,7 +113,8 @@ def test_a_spike_is_skipped_alike_on_all_ranks(action: str, license_corpus: Path
     records = lines(run_dir)
     assert [record["skipped"] for record in records] == [0] * 7 + [int(skipped), 0]
     assert [record["spike_score"] is None for record in records] == [True] * 4 + [False] * 5
-    assert records[7]["spike_score"] > 20 and np.isfinite(records[7]["loss"])
+    assert records[7]["spike_score"] > 20
+    assert np.isfinite(records[7]["loss"])
     assert result.stdout.count("step 8: spike, skipped: " if skipped else "step 8: spike, not skipped: ") == 1
     before, after = (tensors(run_dir / f"checkpoints/step-{step}") for step in (7, 8))
     assert all(np.array_equal(before[key], after[key]) for key in before) is skipped
@@ -152,7 +154,8 @@ def test_a_gradient_of_a_thousand_times_its_size(action: str, license_corpus: Pa
     assert ended.codes == [0, 0], ended.said
     records = lines(tmp_path)
     norms = health_at(tmp_path, 7)["windows"]["grad_norm"]
-    assert records[7]["grad_norm"] > 100 * max(norms) and records[6]["grad_norm"] == norms[-1]
+    assert records[7]["grad_norm"] > 100 * max(norms)
+    assert records[6]["grad_norm"] == norms[-1]
     windows = health_at(tmp_path, 8)["windows"]["grad_norm"]
     entered = {"skip": norms[-1], "clip": np.mean(norms) + 20 * np.std(norms), "log": records[7]["grad_norm"]}
     assert windows[-1] == pytest.approx(entered[action], rel=1e-9)
@@ -251,7 +254,8 @@ def test_a_resumed_run_judges_spikes_alike(license_corpus: Path, tmp_path: Path)
     spike = {"numbers": [4 * 7], "factor": "1000"}
     for steps in ("train.steps=9", "train.steps=9"):
         result = poisoned_run(tmp_path, *overrides, steps, **spike)
-        assert result.returncode == 0 and "step 8: spike, skipped" in result.stdout, result.stderr
+        assert result.returncode == 0, result.stderr
+        assert "step 8: spike, skipped" in result.stdout, result.stderr
         if not (tmp_path / "whole").exists():
             shutil.copytree(tmp_path / "run", tmp_path / "whole")
             for step in (7, 8, 9):
@@ -270,16 +274,23 @@ def test_the_window_holds_finite_unskipped_values() -> None:
         health.judge(loss, 1.0)
     assert list(health.windows["loss"]) == [1.0, 1.1, 1.0, 1.1]
     verdict = health.judge(1.2, 1.0)
-    assert not verdict.skipped and verdict.score == pytest.approx(3.0)
+    assert not verdict.skipped
+    assert verdict.score == pytest.approx(3.0)
     verdict = health.judge(5.0, 1.0)
-    assert verdict.skipped and verdict.spike is not None and "loss 5 is" in verdict.spike
+    assert verdict.skipped
+    assert verdict.spike is not None
+    assert "loss 5 is" in verdict.spike
     verdict = health.judge(1.1, 2.0)
-    assert verdict.skipped and verdict.spike is not None and "grad_norm 2 is" in verdict.spike
-    assert list(health.windows["loss"]) == [1.1, 1.0, 1.1, 1.2] and health.skips_in_row == 2
+    assert verdict.skipped
+    assert verdict.spike is not None
+    assert "grad_norm 2 is" in verdict.spike
+    assert list(health.windows["loss"]) == [1.1, 1.0, 1.1, 1.2]
+    assert health.skips_in_row == 2
     assert health.judge(0.1, 1.0).spike is None, "below the mean is no spike"
     health = Health(HealthConfig(window=4))
     verdicts = [health.judge(loss, 1.0) for loss in (1.0, 1.1, 5.0)]
-    assert not any(verdict.skipped for verdict in verdicts) and verdicts[-1].spike
+    assert not any(verdict.skipped for verdict in verdicts)
+    assert verdicts[-1].spike
     assert list(health.windows["loss"]) == [1.0, 1.1, 5.0]
 
 
@@ -293,9 +304,11 @@ def test_clipping_follows_a_level_that_changes_for_good() -> None:
     health = Health(HealthConfig(on_spike=OnSpike.clip))
     assert not any(level(health, 2.0, 500))
     spikes = level(health, 4.0, 500)
-    assert all(spikes[:10]) and not any(spikes[50:])
+    assert all(spikes[:10])
+    assert not any(spikes[50:])
     verdict = health.judge(40.0, 1.0)
-    assert not verdict.skipped and verdict.spike, "what is far off is still a spike"
+    assert not verdict.skipped, "what is far off is still a spike"
+    assert verdict.spike, "what is far off is still a spike"
 
 
 def test_skipping_ends_where_a_level_changes_for_good() -> None:
@@ -303,11 +316,14 @@ def test_skipping_ends_where_a_level_changes_for_good() -> None:
     level(health, 2.0, 500)
     for number in range(10):
         verdict = health.judge(4.0, 1.0)
-        assert verdict.skipped and not verdict.gave_up, number
+        assert verdict.skipped, number
+        assert not verdict.gave_up, number
     verdict = health.judge(4.0, 1.0)
-    assert not verdict.skipped and verdict.spike is not None
+    assert not verdict.skipped
+    assert verdict.spike is not None
     assert verdict.spike.endswith("; 10 in a row were skipped, so this is the new level")
-    assert list(health.windows["loss"]) == [4.0] and health.skips_in_row == 0
+    assert list(health.windows["loss"]) == [4.0]
+    assert health.skips_in_row == 0
     assert not any(level(health, 4.0, 500))
     for number in range(10):
         verdict = health.judge(4.0 if number < 9 else float("nan"), 1000.0)
@@ -325,7 +341,8 @@ def test_judging_without_a_limit_goes_on() -> None:
     assert [verdict.skipped for verdict in verdicts] == [True, False, True]
     assert not any(verdict.gave_up for verdict in verdicts)
     verdict = health.judge(1.0, float("nan"))
-    assert verdict.skipped and verdict.gave_up is not None
+    assert verdict.skipped
+    assert verdict.gave_up is not None
     assert verdict.gave_up.startswith("2 steps in a row")
 
 

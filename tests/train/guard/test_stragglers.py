@@ -40,7 +40,8 @@ def test_the_slow_rank_and_section_are_named(section: str, license_corpus: Path,
     )  # fmt: skip
     assert ended.codes == [0, 0, 0], ended.said
     last = lines(tmp_path)[-1]
-    assert last["step"] == 4 and last["slow_score"] < 0.75
+    assert last["step"] == 4
+    assert last["slow_score"] < 0.75
     assert f"step 4: rank 2 is slow in {section}: score " in ended.said[0]
     assert not any("is slow in" in said for said in ended.said[1:])
 
@@ -58,8 +59,11 @@ def test_the_clock_starts_anew_with_each_reading() -> None:
         work()
     work()
     first, second = clock.read(), clock.read()
-    assert first[0] == first[2] == 0 and first[3] >= 0.4
-    assert 0 < first[1] <= first[3] - 0.15 and second[1] < first[1] and second[3] < 0.2
+    assert first[0] == first[2] == 0
+    assert first[3] >= 0.4
+    assert 0 < first[1] <= first[3] - 0.15
+    assert second[1] < first[1]
+    assert second[3] < 0.2
 
 
 def test_scores_compare_ranks_of_a_stage() -> None:

@@ -27,7 +27,8 @@ def test_a_section_over_its_limit_ends_the_process() -> None:
     result = in_a_process(
         "def stuck(): time.sleep(30)\nwith dog.section('setup', 0.5):\n    stuck()\nprint('not reached')"
     )
-    assert result.returncode == 75 and result.stdout == ""
+    assert result.returncode == 75
+    assert result.stdout == ""
     assert "rank 3 hangs in setup; stacks of all threads:" in result.stderr
     assert "in stuck" in result.stderr
 
@@ -42,7 +43,8 @@ def test_a_section_within_pauses_the_one_around_it() -> None:
         "print('reached', flush=True)\n"
         "with dog.section('step', 0.5): time.sleep(30)"
     )
-    assert result.stdout == "reached\n" and result.returncode == 75
+    assert result.stdout == "reached\n"
+    assert result.returncode == 75
     assert "rank 3 hangs in step" in result.stderr
 
 
@@ -63,7 +65,8 @@ def test_a_stopped_rank_takes_the_job_down(license_corpus: Path, tmp_path: Path)
     assert re.search(
         r"rank 0: last collective: gloo:\w+ over \w+, shapes .*, begun \d+\.\d s ago, not over", text
     )
-    assert "in train_step" in text and re.search(r"exitcode\s*: 75", text)
+    assert "in train_step" in text
+    assert re.search(r"exitcode\s*: 75", text)
     assert not any((tmp_path / "run" / name).exists() for name in ("DONE", "REQUEUE", "FAILED"))
 
 
@@ -72,7 +75,8 @@ def test_the_flight_recorder_is_on_unless_the_user_decides(monkeypatch: pytest.M
         monkeypatch.setenv(name, "")  # so that it is as before after the test
         monkeypatch.delenv(name)
     _record_collectives("cpu")
-    assert os.environ["TORCH_FR_BUFFER_SIZE"] == "2000" and "TORCH_NCCL_DUMP_ON_TIMEOUT" not in os.environ
+    assert os.environ["TORCH_FR_BUFFER_SIZE"] == "2000"
+    assert "TORCH_NCCL_DUMP_ON_TIMEOUT" not in os.environ
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")
     monkeypatch.setenv("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     _record_collectives("cuda")
@@ -81,7 +85,8 @@ def test_the_flight_recorder_is_on_unless_the_user_decides(monkeypatch: pytest.M
     monkeypatch.delenv("TORCH_NCCL_DUMP_ON_TIMEOUT")
     monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "5")
     _record_collectives("cuda")
-    assert "TORCH_FR_BUFFER_SIZE" not in os.environ and os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert "TORCH_FR_BUFFER_SIZE" not in os.environ
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
 
 
 @pytest.mark.parametrize(

@@ -37,14 +37,18 @@ def test_a_dead_expert_is_reported_at_each_begin() -> None:
 def test_a_second_death_names_only_the_new_expert() -> None:
     watch = ExpertWatch(dead_after=1, max_drop_rate=None)
     ((first,), (second,)) = titles(watch, [[20, 0], [10, 10]], [[20, 0], [0, 20]])
-    assert "layer 0 expert 1:" in first and "1 dead in all" in first
-    assert "layer 0" not in second and "layer 1 expert 0:" in second and "2 dead in all" in second
+    assert "layer 0 expert 1:" in first
+    assert "1 dead in all" in first
+    assert "layer 0" not in second
+    assert "layer 1 expert 0:" in second
+    assert "2 dead in all" in second
 
 
 def test_many_dead_experts_are_counted() -> None:
     watch = ExpertWatch(dead_after=1, max_drop_rate=None)
     (((text),),) = titles(watch, [[160] + [0] * 15, [10] * 16])
-    assert "layer 0 expert 5 and 10 more: no choice" in text and "expert 6" not in text
+    assert "layer 0 expert 5 and 10 more: no choice" in text
+    assert "expert 6" not in text
     assert "15 dead in all" in text
 
 

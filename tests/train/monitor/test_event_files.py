@@ -46,7 +46,8 @@ def test_what_a_resume_leaves_behind_is_not_shown(tmp_path: Path) -> None:
     np.testing.assert_array_equal(shown, np.asarray(drawn))
     (alert,) = seen.Tensors("alerts/Dead experts/text_summary")
     (text,) = alert.tensor_proto.string_val
-    assert alert.step == 3 and b"layer 0 expert 2: no choice in 3 intervals" in text
+    assert alert.step == 3
+    assert b"layer 0 expert 2: no choice in 3 intervals" in text
 
 
 def test_without_the_package_the_run_goes_on(
@@ -54,6 +55,7 @@ def test_without_the_package_the_run_goes_on(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     write(tmp_path, 0, 5.0, 4.0)
-    assert "tensorboard.mode=files is off" in caplog.text and "pip install tensorboard" in caplog.text
+    assert "tensorboard.mode=files is off" in caplog.text
+    assert "pip install tensorboard" in caplog.text
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert not (tmp_path / "tensorboard").exists()

@@ -45,4 +45,5 @@ def test_reading_starts_the_next_interval() -> None:
     assert counts.moved.tolist() == [0, 1, 0]
     assert counts.losses[1].tolist() == [2, 2, 2]
     again = read_counts([router], [1], 3, 2, world)
-    assert not again.load.any() and not again.moved.any()
+    assert not again.load.any()
+    assert not again.moved.any()

@@ -23,7 +23,8 @@ from train.monitor.wandb_run import load_histogram
 def test_map_of_extreme_loads() -> None:
     load = np.array([[0.0, 0, 0, 0], [0, 0, 64, 0], [5, 5, 5, 5]])
     share = load_share(load)
-    assert np.isnan(share[0]).all() and share[1:].tolist() == [[0, 0, 4, 0], [1, 1, 1, 1]]
+    assert np.isnan(share[0]).all()
+    assert share[1:].tolist() == [[0, 0, 4, 0], [1, 1, 1, 1]]
     picture = paint(share, centre=1, limit=2)
     assert cells(picture, 3, 4) == [[UNKNOWN] * 4, [COLD, COLD, HOT, COLD], [NEUTRAL] * 4]
     counts, edges = load_histogram(load)

@@ -65,7 +65,8 @@ def test_truncate_drops_what_is_no_record_and_leaves_a_good_file_alone(tmp_path:
     good = [b'{"step": 1}\n', '{"step": 2, "said": "a\\u2028b \u2028"}\n'.encode()]
     path.write_bytes(good[0] + b"\xff\xfe\n[3]\n5\n{}\n" + good[1] + b'{"step": 3}\n{"st')
     truncate_records(path, 2)
-    assert path.read_bytes() == b"".join(good) and list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == b"".join(good)
+    assert list(tmp_path.iterdir()) == [path]
     before = path.stat().st_ino
     truncate_records(path, 2)
     assert path.stat().st_ino == before  # not rewritten
@@ -166,15 +167,19 @@ def test_a_run_trains_on_where_its_records_find_no_room(
         missing = set(
             map(int, re.findall(rf"{name}.jsonl: no record of step (\d+): No space", ended.said[0]))
         )
-        assert missing and missing < set(range(2, 14)) and steps == set(range(1, 17)) - missing
+        assert missing
+        assert missing < set(range(2, 14))
+        assert steps == set(range(1, 17)) - missing
     records = {record["step"]: record for record in strict(small_disk / "metrics.jsonl")}
     assert [(records[step]["loss"] is None, records[step]["skipped"]) for step in (14, 15, 16)] == [
         (False, 0),
         (True, 1),
         (False, 0),
     ]
-    assert (small_disk / "DONE").exists() and (small_disk / "checkpoints/step-16/manifest.json").exists()
-    assert report([str(small_disk)]) == 0 and "loss" in capsys.readouterr().out
+    assert (small_disk / "DONE").exists()
+    assert (small_disk / "checkpoints/step-16/manifest.json").exists()
+    assert report([str(small_disk)]) == 0
+    assert "loss" in capsys.readouterr().out
     assert "1 not finite" in (small_disk / "report.html").read_text()
 
 
@@ -189,7 +194,9 @@ def test_a_sentinel_that_finds_no_room_changes_no_ending(
 ) -> None:
     fill(small_disk)
     write_sentinel(small_disk, Ending.FAILED, code=1, step=7, reason="a")
-    assert (small_disk / "FAILED").exists() and "it would say" in caplog.text and '"step": 7' in caplog.text
+    assert (small_disk / "FAILED").exists()
+    assert "it would say" in caplog.text
+    assert '"step": 7' in caplog.text
 
 
 def test_a_sentinel_replaces_the_one_before(tmp_path: Path) -> None:
@@ -207,7 +214,8 @@ def test_first_signal_stays() -> None:
     assert not stop.is_set
     for number in (15, 2):
         stop._note(number, None)
-    assert stop.is_set and stop.signal_name == "SIGTERM"
+    assert stop.is_set
+    assert stop.signal_name == "SIGTERM"
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,8 @@ def test_wandb_has_every_figure(offline: tuple[Path, list[Any]]) -> None:
         "moe/load_histogram": row["moe/load_histogram"],
     }
     bars = row["moe/load_histogram"]
-    assert bars["_type"] == "histogram" and (bars["bins"][0], bars["bins"][-1]) == (0, 2.5)
+    assert bars["_type"] == "histogram"
+    assert (bars["bins"][0], bars["bins"][-1]) == (0, 2.5)
     edges = zip(bars["bins"], bars["values"], strict=False)
     assert {edge: count for edge, count in edges if count} == pytest.approx(
         {0: 1, 0.46875: 1, 0.9765625: 5, 2.4609375: 1}
@@ -134,9 +135,11 @@ def test_wandb_has_the_maps_as_files(offline: tuple[Path, list[Any]]) -> None:
     colours = {}
     for key in ("moe/load_map", "moe/drop_map"):
         shown = history[3][key]
-        assert shown["_type"] == "image-file" and shown["caption"]
+        assert shown["_type"] == "image-file"
+        assert shown["caption"]
         with Image.open(files / shown["path"]) as picture:
-            assert picture.format == "PNG" and picture.size == (shown["width"], shown["height"])
+            assert picture.format == "PNG"
+            assert picture.size == (shown["width"], shown["height"])
             assert picture.size == (LEFT + 5 * SWATCH + RIGHT, TOP + 2 * 32 + BOTTOM)
             colours[key] = cells(picture, 2, 4)
     half_cold, half_hot = between(NEUTRAL, COLD, 0.5), between(NEUTRAL, HOT, 0.5)
@@ -150,7 +153,8 @@ def test_a_resume_goes_on_with_its_run(offline: tuple[Path, list[Any]], tmp_path
     shutil.copy(offline[0] / "wandb_id", tmp_path / "wandb_id")  # all that a resume finds of it
     again = write_run(tmp_path, [(record_of(6), experts_of(6))])
     assert {record.run.run_id for record in again if record.WhichOneof("record_type") == "run"} == ids
-    assert len(ids) == 1 and [row["_step"] for row in history_of(again)] == [6]
+    assert len(ids) == 1
+    assert [row["_step"] for row in history_of(again)] == [6]
 
 
 def test_wandb_has_the_alerts(offline: tuple[Path, list[Any]]) -> None:
@@ -204,7 +208,9 @@ def test_wandb_that_fails_is_switched_off(
     arguments = {"write": (record_of(1), experts_of(1)), "alert": (Alert("a", "b"),), "close": ()}
     for _ in range(2):
         getattr(dashboard, call)(*arguments[call])
-    assert broken.calls == 1 and caplog.text.count("wandb is off") == 1 and "disk full" in caplog.text
+    assert broken.calls == 1
+    assert caplog.text.count("wandb is off") == 1
+    assert "disk full" in caplog.text
 
 
 def test_our_own_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -214,14 +220,17 @@ def test_our_own_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path
     dashboard = Dashboard(WandbConfig(), name="mine", run_dir=tmp_path, config={})
     dashboard.run = BrokenRun()
     for name in ("expert_maps", "load_histogram", "expert_values"):
-        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        with monkeypatch.context() as patch:
             patch.setattr(f"train.monitor.wandb_run.{name}", fail)
-            dashboard.write(record_of(1), experts_of(1))
+            with pytest.raises(ZeroDivisionError):
+                dashboard.write(record_of(1), experts_of(1))
 
 
 def test_layer_names_sort_and_older_records_pass() -> None:
     load = np.full((101, 2), 9).tolist()
     values = expert_values({"load": load, "dropped": np.zeros((101, 2)).tolist()})
     curve = [key for key in values if key.startswith("moe/drop_rate/")]
-    assert curve == sorted(curve) and curve[0] == "moe/drop_rate/layer_000"
-    assert len(values) == 102 and values["moe/dead_experts"] == 0
+    assert curve == sorted(curve)
+    assert curve[0] == "moe/drop_rate/layer_000"
+    assert len(values) == 102
+    assert values["moe/dead_experts"] == 0

@@ -55,10 +55,12 @@ def test_stages_follow_each_other_in_whole_steps() -> None:
         (0, 10, 0), (10, 14, 10240), (14, 24, 18432),
     ]  # fmt: skip
     assert [stage_of(stages, step).name for step in (0, 9, 10, 13, 14, 23, 24)] == list("aabbccc")
-    assert tokens_at(stages, 12) == 10240 + 2 * 2048 and tokens_at(stages, 24) == 28672
+    assert tokens_at(stages, 12) == 10240 + 2 * 2048
+    assert tokens_at(stages, 24) == 28672
     b = stages[1].cfg
     assert (b.batch.row_tokens, b.batch.micro_rows, b.model.rope_theta) == (256, 1, 5e4)
-    assert b.parallel == cfg.parallel and stages[2].cfg.parallel.tp == 2
+    assert b.parallel == cfg.parallel
+    assert stages[2].cfg.parallel.tp == 2
     assert cfg.batch.row_tokens == stages[2].cfg.batch.row_tokens == 128  # nothing was changed in place
     assert total_steps(stages) == 24
     short = replace(cfg, train=replace(cfg.train, steps=7))
@@ -75,9 +77,8 @@ def test_mixture_moves_linearly_and_changes_in_the_final_part() -> None:
     assert a.mixture_at(0) == a.mixture_at(10239) == Mixture((3, 1), (1, 0, 0))
     assert b.mixture_at(10240) == Mixture((0.75, 0.25), (1, 0, 0))
     halfway = b.mixture_at(10240 + 2048)
-    assert halfway.weights == pytest.approx((0.5, 0.5)) and halfway.length_shares == pytest.approx(
-        (0.5, 0.25, 0.25)
-    )
+    assert halfway.weights == pytest.approx((0.5, 0.5))
+    assert halfway.length_shares == pytest.approx((0.5, 0.25, 0.25))
     assert b.mixture_at(10240 + 4096).weights == (1, 3)
     assert b.mixture_at(10240 + 8191).weights == (1, 3)
     assert b.mixture_at(10240 + 8192).weights == (0, 1)
@@ -92,7 +93,8 @@ def test_mixture_moves_linearly_and_changes_in_the_final_part() -> None:
 def test_learning_rate_segments(shape: LrShape, middle: float) -> None:
     cfg = two_sources(stage(lr=1e-3), stage(lr=1e-3, lr_end=1e-4, lr_shape=shape))
     a, b = build_stages(replace(cfg, schedule=replace(cfg.schedule, warmup_tokens=2048)))
-    assert a.lr_at(1024, 20480) == pytest.approx(5e-4) and a.lr_at(2048, 20480) == 1e-3
+    assert a.lr_at(1024, 20480) == pytest.approx(5e-4)
+    assert a.lr_at(2048, 20480) == 1e-3
     rates = [b.lr_at(10240 + tokens, 20480) for tokens in (0, 5120, 10240)]
     assert rates == pytest.approx([1e-3, middle, 1e-4])
 
@@ -115,7 +117,8 @@ def test_learning_rate_segments(shape: LrShape, middle: float) -> None:
 def test_what_a_stage_may_not_be(changes: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, ValueError)) as caught:
         validate_stages(build_stages(two_sources(stage(), stage(name="late", **changes))), 1)
-    assert message in str(caught.value) and "late" in str(caught.value)
+    assert message in str(caught.value)
+    assert "late" in str(caught.value)
 
 
 @pytest.mark.parametrize("layout", [{}, {"parallel": StageLayout(tp=2)}])
@@ -168,7 +171,8 @@ def test_the_published_recipe() -> None:
 def test_the_program_shows_the_published_recipe() -> None:
     shown = yaml.safe_load(launch("conf=minimax_text_01", SOURCES, "--cfg", "job").stdout)
     recipe = OmegaConf.to_object(OmegaConf.load(ROOT / "conf/curriculum/minimax_01.yaml"))["curriculum"]
-    assert len(recipe) == 9 and shown["model"]["num_layers"] == 80
+    assert len(recipe) == 9
+    assert shown["model"]["num_layers"] == 80
     assert [known | said for known, said in zip(shown["curriculum"], recipe, strict=True)] == shown[
         "curriculum"
     ]
@@ -219,8 +223,10 @@ def test_three_stages_in_one_command(whole: Path) -> None:
     records = lines(whole)
     assert [r["row_tokens"] for r in records] == [256] * 6 + [1024] * 6 + [4096] * 4
     assert [r["global_tokens"] for r in records] == [4096] * 12 + [8192] * 4
-    assert records[-1]["tokens"] == 12 * 4096 + 4 * 8192 and records[-1]["loss"] < records[0]["loss"] - 0.2
-    assert records[-1]["lr"] == pytest.approx(1e-4) and records[11]["lr"] == pytest.approx(5e-4)
+    assert records[-1]["tokens"] == 12 * 4096 + 4 * 8192
+    assert records[-1]["loss"] < records[0]["loss"] - 0.2
+    assert records[-1]["lr"] == pytest.approx(1e-4)
+    assert records[11]["lr"] == pytest.approx(5e-4)
     assert ending(whole)[0] == "DONE"
     read = rows_read(whole)
     assert [len(read[step]) for step in range(1, 17)] == [16] * 6 + [4] * 6 + [2] * 4
@@ -288,7 +294,8 @@ def test_a_checkpoint_from_before_stages_were_counted(whole: Path, tmp_path: Pat
     path.write_text(json.dumps({**found, "checksum": checksum(found)}))
     small(run_dir)
     counted = manifest(run_dir, 16)["progress"]["consumed"]
-    assert counted["before"] == found["data"]["source_tokens"] and len(counted) == 3
+    assert counted["before"] == found["data"]["source_tokens"]
+    assert len(counted) == 3
     totals = data_state(run_dir, 16)["source_tokens"]
     assert [sum(column) for column in zip(*counted.values(), strict=True)] == totals
     assert column(run_dir, "loss").tolist() == column(whole, "loss").tolist()
@@ -325,7 +332,8 @@ def test_a_stage_on_another_layout_ends_the_process_and_the_same_command_goes_on
     first = launch(*arguments, processes=2)
     assert first.codes == [75, 75]
     name, found = ending(run_dir)
-    assert (name, found["code"], found["step"]) == ("REQUEUE", 75, 6) and "1024" in found["reason"]
+    assert (name, found["code"], found["step"]) == ("REQUEUE", 75, 6)
+    assert "1024" in found["reason"]
     second = launch(*arguments, processes=2)
     assert second.codes == [0, 0], second.said
     assert ending(run_dir)[0] == "DONE"
