@@ -148,6 +148,7 @@ class DatasetWriter:
 
     @property
     def num_documents(self) -> int:
+        """How many were added so far."""
         return len(self._lengths)
 
     def __enter__(self) -> Self:

@@ -32,9 +32,11 @@ class Batch(NamedTuple):
     lengths: torch.Tensor
 
     def to(self, device: torch.device | str) -> "Batch":
+        """Return the batch on a device; a copy from pinned memory does not wait."""
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
     def pin_memory(self) -> "Batch":
+        """Return the batch in pinned memory."""
         return Batch(*(tensor.pin_memory() for tensor in self))
 
 

@@ -34,6 +34,8 @@ REMEDIES = {  # by reason of refusal
 
 
 class Refused(NamedTuple):
+    """What cannot be a document, and why: a key of REMEDIES."""
+
     reason: str
     content: Any
 
@@ -46,6 +48,7 @@ class Quarantine:
         self._counts, self._lines, self._first = Counter[str](), list[str](), ""
 
     def add(self, file: str, line: int, refused: Refused) -> None:
+        """Count it; with `strict`, raise a ValueError instead."""
         reason, content = refused
         if isinstance(content, bytes):
             content = content[:EXCERPT].decode(errors="backslashreplace")
@@ -60,10 +63,12 @@ class Quarantine:
             self._lines.append(json.dumps(entry) + "\n")
 
     def check_left(self, num_documents: int) -> None:
+        """Raise a ValueError if no document is left."""
         if not num_documents:
             raise ValueError(f"{self._source}: nothing to train on; refused {self}; {self._first}")
 
     def write(self) -> None:
+        """Write the lines that were kept; without any, remove the file."""
         self.file.unlink(missing_ok=True)
         if self._lines:
             self.file.write_text("".join(self._lines), encoding="utf-8")
@@ -164,6 +169,7 @@ def read_documents(inputs: Sequence, text_key: str, limit: int, quarantine: Quar
 
 
 def text_of(record: Any, text_key: str, limit: int) -> str | Refused:
+    """Return the text of a record if it has between 1 and `limit` bytes of UTF-8, or what refuses it."""
     if isinstance(record, Refused):
         return record
     if not isinstance(record, dict) or text_key not in record:
@@ -200,6 +206,7 @@ def read_records(path: Path, text_key: str, limit: int) -> Iterator[tuple[int, A
 
 
 def read_json(line: bytes) -> Any:
+    """Return the value of a line of JSON, or what refuses it."""
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
