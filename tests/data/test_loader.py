@@ -355,9 +355,7 @@ def test_eval_knows_no_buckets_and_no_epochs(make_dataset: MakeDataset) -> None:
 
 @pytest.mark.parametrize("num_sources", [0, 1, 3])
 def test_row_of_a_million_tokens_takes_little_time(tmp_path: Path, num_sources: int) -> None:
-    """Less than 50 ms of one core; more documents take longer, these are of 500 tokens, or
-    the embedded corpus of 5,300.
-    """
+    """Less than 50 ms of one core; more documents take longer: here 500 tokens each, 5,300 in the corpus."""
     embedded = Path(__file__).resolve().parents[2] / "corpus/python"
     if not num_sources and not embedded.with_suffix(".idx").exists():
         pytest.skip("make test prepares corpus/python")

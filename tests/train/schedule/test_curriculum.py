@@ -302,8 +302,9 @@ def test_a_checkpoint_from_before_stages_were_counted(whole: Path, tmp_path: Pat
 
 
 def test_other_layouts_read_the_same_tokens(whole: Path, tmp_path: Path) -> None:
-    """One run on dp x cp = 1 x 1, 2 x 1, 2 x 2 and 1 x 1 again, at equal micro_rows * dp: the layout contract
-    across resumes inside stages and at a border.
+    """The layout contract across resumes inside stages and at a border.
+
+    One run on dp x cp = 1 x 1, 2 x 1, 2 x 2 and 1 x 1 again, at equal micro_rows * dp.
     """
     run_dir = tmp_path / "moved"
     on_two = [f"curriculum.{n}.micro_rows={rows}" for n, rows in enumerate((2, 1))]
