@@ -1,10 +1,9 @@
 """Text that a run names: tokens written once, found again by what they depend on, never half there."""
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -119,17 +118,14 @@ def test_all_that_decides_the_content_is_in_the_fingerprint(
 
 def test_killed_while_writing_nothing_is_half_there(make_config: MakeConfig, tmp_path: Path) -> None:
     cfg = make_config()
-    code = (
-        "import os, signal, sys\nfrom data.config import DataConfig, SourceConfig\n"
-        "from data.materialise import materialise\n"
-        f"cfg = {cfg!r}\n".replace("<Packing.concatenate: 'concatenate'>", "'concatenate'").replace(
-            "<LongDocuments.split: 'split'>", "'split'"
-        )
-        + "materialise(cfg, 0, lambda documents: os.kill(os.getpid(), signal.SIGKILL))\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+
+    def kill(documents: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=materialise, args=(cfg, 0, kill))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     (left,) = (tmp_path / "cache").iterdir()
     assert left.name.startswith(".")
     assert [*left.rglob("*.partial")]
