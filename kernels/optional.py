@@ -6,6 +6,7 @@ version did that was tested here. None of that may end a run in its first step.
 
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
@@ -40,12 +41,20 @@ def is_usable(library: str, trial: Callable[[], None], *, tested: str | None = N
         reason = f"only {tested} is tested"
     else:
         try:
-            trial()
+            _in_a_thread(trial)
             return True
         except Exception as error:  # of another project: any kind
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
     log.warning("%s %s is installed but not used: %s", library, found, reason)
     return False
+
+
+def _in_a_thread(trial: Callable[[], None]) -> None:
+    """Run it where neither the caller's gradient mode nor the hooks of recomputation reach."""
+    # A new thread begins on GPU 0, not on the caller's.
+    device = torch.cuda.current_device() if torch.cuda.is_available() else -1
+    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) as thread:
+        thread.submit(trial).result()
 
 
 def compare_with_twin(

@@ -3,11 +3,13 @@
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import AbstractContextManager
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from kernels.expert_ffn import QUACK, _config, _swiglu_gemm, _try_quack, has_quack
 from kernels.optional import compare_with_twin, is_usable
@@ -123,3 +125,26 @@ def test_results_and_gradients_are_compared() -> None:
     ):
         with pytest.raises(ArithmeticError, match=f"its {what} differs"):
             compare_with_twin(wrong, torch.mul, inputs)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_trial_needs_no_gradients_from_its_caller(
+    context: Callable[[], AbstractContextManager[None]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when attention is first called by an evaluation, or by ring attention's autograd function."""
+    with context():
+        assert is_usable("pytest", _multiply_twice)
+    assert not caplog.records
+
+
+def test_a_trial_is_no_part_of_a_recomputed_block(caplog: pytest.LogCaptureFixture) -> None:
+    """The first forward pass tries the library, the second takes the answer: they save the same tensors."""
+    usable = cache(lambda: is_usable("pytest", _multiply_twice))
+    x = torch.ones(3, requires_grad=True)
+    checkpoint(lambda x: (x.square() * usable()).sum(), x, use_reentrant=False).backward()
+    assert torch.equal(x.grad, 2 * torch.ones(3))
+    assert not caplog.records
+
+
+def _multiply_twice() -> None:
+    compare_with_twin(torch.mul, torch.mul, [torch.ones(3), torch.ones(3)])
