@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from scripts.reporting.charts import number
 from train.config import CONF_DIR, ConfigError, RunConfig, explain, load_config, register_schema, rewrite_conf
-from train.curriculum_stages import Stage, build_stages, tokens_at, total_steps
+from train.curriculum_stages import CurriculumStage, build_stages, tokens_at, total_steps
 
 COLUMNS = (
     "stage", "steps", "from step", "tokens", "row", "RoPE base", "batch", "learning rate", "mixture",
@@ -28,7 +28,7 @@ def size(number: int) -> str:
     return f"{number // power}{unit}"
 
 
-def line(stage: Stage, stages: list[Stage]) -> list[str]:
+def line(stage: CurriculumStage, stages: list[CurriculumStage]) -> list[str]:
     """Return the cells of the table for one stage."""
     cfg, end = stage.cfg, min(stage.end_step, total_steps(stages))
     total = tokens_at(stages, total_steps(stages))
@@ -49,7 +49,7 @@ def line(stage: Stage, stages: list[Stage]) -> list[str]:
     ]  # fmt: skip
 
 
-def mixture(stage: Stage) -> str:
+def mixture(stage: CurriculumStage) -> str:
     """Describe weights and length shares, and what changes inside the stage."""
     own, settings = stage.own, stage.settings
     parts = [":".join(f"{weight:g}" for weight in own.weights)] if own.weights else []

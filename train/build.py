@@ -28,7 +28,7 @@ from train.checkpoint.contents import Resume, SaveMode, own_boxes
 from train.checkpoint.resume import Start, load_checkpoint, load_weights, set_results_aside
 from train.checkpoint.saving import Saver
 from train.config import ConfigError, Device, Precision, RunConfig, user_errors
-from train.curriculum_stages import Stage, doubts, tokens_at, total_steps
+from train.curriculum_stages import CurriculumStage, doubts, tokens_at, total_steps
 from train.guard.integrity import StateGuard
 from train.guard.signals import StopRequest
 from train.guard.spikes import Health
@@ -47,8 +47,8 @@ DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}
 class Run:
     """Everything that the training loop works with."""
 
-    stages: list[Stage]
-    stage: Stage
+    stages: list[CurriculumStage]
+    stage: CurriculumStage
     """Where the run is."""
     mesh: Mesh
     parts: list[Transformer]
@@ -103,8 +103,8 @@ class Run:
 
 
 def build_run(
-    stages: list[Stage], stage: Stage, start: Start, mesh: Mesh, stop: StopRequest, watchdog: Watchdog,
-    console: Console,
+    stages: list[CurriculumStage], stage: CurriculumStage, start: Start, mesh: Mesh, stop: StopRequest,
+    watchdog: Watchdog, console: Console,
 ) -> Run:  # fmt: skip
     """Build model, optimizer and data for a stage, and go on from a checkpoint where there is one.
 
@@ -166,7 +166,9 @@ def router_biases(parts: Sequence[Transformer]) -> dict[str, Tensor]:
     return {f"router.bias.{router.layer}": router.bias for router in used}
 
 
-def build_metrics(stages: list[Stage], cfg: RunConfig, step: int, console: Console) -> MetricsWriter:
+def build_metrics(
+    stages: list[CurriculumStage], cfg: RunConfig, step: int, console: Console
+) -> MetricsWriter:
     """Where rank 0 writes its records after `step`."""
     run_dir = Path(cfg.run_dir)
     metrics = MetricsWriter(
@@ -201,7 +203,7 @@ def build_engine(parts: list[Transformer], cfg: RunConfig, mesh: Mesh) -> Single
     )  # fmt: skip
 
 
-def enter_stage(run: Run, stage: Stage) -> None:
+def enter_stage(run: Run, stage: CurriculumStage) -> None:
     """Go on with a stage of the same layout: its sizes, its schedule of micro-batches, its RoPE base."""
     count_data(run)
     run.stage = stage

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from train.checkpoint.contents import Change
 from train.checkpoint.manifest import Manifest, show
 from train.config import ConfigError
-from train.curriculum_stages import Stage, stage_of
+from train.curriculum_stages import CurriculumStage, stage_of
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Difference(NamedTuple):
 
 
 def judge_changes(
-    manifest: Manifest, stages: Sequence[Stage], allowed: Sequence[Change], *, world_size: int
+    manifest: Manifest, stages: Sequence[CurriculumStage], allowed: Sequence[Change], *, world_size: int
 ) -> None:
     """Print what has changed since a checkpoint; stages that have not begun may change freely.
 

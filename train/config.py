@@ -30,7 +30,7 @@ from train.monitor.event_files import TensorboardConfig
 from train.monitor.metrics import LogConfig
 from train.monitor.tracing import ProfileConfig
 from train.monitor.wandb_run import WandbConfig
-from train.schedule.curriculum import StageConfig
+from train.schedule.curriculum import CurriculumStageConfig
 from train.schedule.learning_rate import ScheduleConfig
 
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
@@ -114,7 +114,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    curriculum: list[StageConfig] = field(default_factory=list)
+    curriculum: list[CurriculumStageConfig] = field(default_factory=list)
     """Stages, one after the other; none = one stage of train.steps."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     rewind: RewindConfig = field(default_factory=RewindConfig)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from data.mixture import Mixture
 from train.config import ConfigError, RunConfig, user_errors
-from train.schedule.curriculum import StageConfig, interpolate, lr_in_stage
+from train.schedule.curriculum import CurriculumStageConfig, interpolate, lr_in_stage
 from train.schedule.learning_rate import lr_factor
 
 
 @dataclass(frozen=True)
-class Stage:
+class CurriculumStage:
     """Steps that share row length, batch and layout."""
 
     name: str
@@ -21,7 +21,7 @@ class Stage:
     """From 0."""
     cfg: RunConfig
     """The run's configuration as it holds in this stage."""
-    settings: StageConfig | None
+    settings: CurriculumStageConfig | None
     """None without a curriculum."""
     first_step: int
     """Steps before this stage."""
@@ -73,7 +73,7 @@ class Stage:
         return lr_in_stage(self.settings, (tokens - self.first_tokens) / self.tokens, peak) * factor
 
 
-def build_stages(cfg: RunConfig) -> list[Stage]:
+def build_stages(cfg: RunConfig) -> list[CurriculumStage]:
     """All stages of a run, in order.
 
     Raises:
@@ -83,26 +83,27 @@ def build_stages(cfg: RunConfig) -> list[Stage]:
         if cfg.train.steps is None:
             raise ConfigError("train.steps=null needs a curriculum, whose end it means; set train.steps")
         own = _mixture(cfg, None)
-        return [Stage("", 0, cfg, None, 0, cfg.train.steps, 0, own)]
+        return [CurriculumStage("", 0, cfg, None, 0, cfg.train.steps, 0, own)]
     if cfg.schedule.decay_tokens:
         raise ConfigError(
             f"schedule.decay_tokens={cfg.schedule.decay_tokens} must be 0 with a curriculum; "
             "use the last stage's lr_shape and lr_end"
         )
-    stages: list[Stage] = []
+    stages: list[CurriculumStage] = []
     step = tokens = 0
     for number, settings in enumerate(cfg.curriculum):
         with naming(settings.name):
             effective = _configure(cfg, settings)
         steps = -(-settings.tokens // effective.batch.global_tokens)
         before = stages[-1].last if stages else _mixture(effective, settings.weights)
-        stage = Stage(settings.name, number, effective, settings, step, step + steps, tokens, before)
-        stages.append(stage)
-        step, tokens = stage.end_step, tokens + stage.tokens
+        stages.append(
+            CurriculumStage(settings.name, number, effective, settings, step, step + steps, tokens, before)
+        )
+        step, tokens = step + steps, tokens + stages[-1].tokens
     return stages
 
 
-def _configure(cfg: RunConfig, settings: StageConfig) -> RunConfig:
+def _configure(cfg: RunConfig, settings: CurriculumStageConfig) -> RunConfig:
     """The run's configuration with a stage's changes."""
     count = len(cfg.data.sources)
     for key in ("weights", "final_weights"):
@@ -130,7 +131,7 @@ def _mixture(cfg: RunConfig, weights: Sequence[float] | None) -> Mixture:
     return Mixture(own, None if shares is None else tuple(shares))
 
 
-def validate_stages(stages: Sequence[Stage], world_size: int) -> None:
+def validate_stages(stages: Sequence[CurriculumStage], world_size: int) -> None:
     """Check every stage before the first step.
 
     Raises:
@@ -146,12 +147,12 @@ def naming(name: str) -> AbstractContextManager[None]:
     return user_errors(f"curriculum stage {name}: " if name else "")
 
 
-def stage_of(stages: Sequence[Stage], step: int) -> Stage:
+def stage_of(stages: Sequence[CurriculumStage], step: int) -> CurriculumStage:
     """The stage of the step after `step` steps; the last one after all."""
     return next((stage for stage in stages if step < stage.end_step), stages[-1])
 
 
-def doubts(stages: Sequence[Stage]) -> list[str]:
+def doubts(stages: Sequence[CurriculumStage]) -> list[str]:
     """What is legal and seldom meant, for people."""
     cfg, total, found = stages[0].cfg, tokens_at(stages, total_steps(stages)), []
     if cfg.schedule.decay_tokens > total:
@@ -168,13 +169,13 @@ def doubts(stages: Sequence[Stage]) -> list[str]:
     return found
 
 
-def total_steps(stages: Sequence[Stage]) -> int:
+def total_steps(stages: Sequence[CurriculumStage]) -> int:
     """Steps of the run: to train.steps or to the curriculum's end, whichever comes first."""
     limit = stages[0].cfg.train.steps
     return stages[-1].end_step if limit is None else min(limit, stages[-1].end_step)
 
 
-def tokens_at(stages: Sequence[Stage], step: int) -> int:
+def tokens_at(stages: Sequence[CurriculumStage], step: int) -> int:
     """Input tokens consumed before the step after `step` steps."""
     stage = stage_of(stages, step)
     return stage.first_tokens + (step - stage.first_step) * stage.cfg.batch.global_tokens

@@ -15,7 +15,7 @@ from data.prefetch import Prefetcher
 from parallel.collectives import from_leader
 from parallel.mesh import Mesh
 from train.config import RunConfig
-from train.curriculum_stages import Stage, naming, stage_of, tokens_at
+from train.curriculum_stages import CurriculumStage, naming, stage_of, tokens_at
 from train.guard.signals import StopRequest
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ BEAT_SECONDS = 30
 
 
 def build_data(
-    stages: list[Stage], stage: Stage, mesh: Mesh, stop: StopRequest
+    stages: list[CurriculumStage], stage: CurriculumStage, mesh: Mesh, stop: StopRequest
 ) -> tuple[Prefetcher, Callable[[RunConfig], list[Batch]]]:
     """The training data of all stages, and a function that reads a stage's held-out rows."""
     cfg = stage.cfg

@@ -11,7 +11,7 @@ import pytest
 from scripts.curriculum import COLUMNS, main, mixture, read_config
 from tests.support.programs import simulate_mixture
 from train.curriculum_stages import build_stages
-from train.schedule.curriculum import StageConfig
+from train.schedule.curriculum import CurriculumStageConfig
 
 ROWS = [  # of conf=minimax_text_01, in the order of COLUMNS; a column is cut where two blanks are
     "8k-16m|4,113|1|69B|8Ki|10k|16Mi|4.00e-07 .. 2.00e-04|as it comes|-|8",
@@ -35,7 +35,7 @@ def test_stages_of_the_paper(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_weights_and_final_weights_are_listed() -> None:
     cfg = read_config(["conf=curriculum_small", "data.sources=[{path: a, weight: 3}, {path: b, weight: 1}]"])
-    settings = StageConfig(name="s", tokens=8192, final_fraction=0.2, final_weights=[1.0, 2.0])
+    settings = CurriculumStageConfig(name="s", tokens=8192, final_fraction=0.2, final_weights=[1.0, 2.0])
     (stage,) = build_stages(replace(cfg, curriculum=[settings]))
     assert mixture(stage) == "3:1, last 20% 1:2"
 

@@ -18,7 +18,7 @@ LrShape = StrEnum("LrShape", ["constant", "cosine", "linear", "exponential"])
 
 
 @dataclass(kw_only=True)
-class StageLayout:
+class CurriculumStageLayout:
     """Fields of `parallel` that a stage overrides; null = as in the run."""
 
     pp: int | None = None
@@ -44,7 +44,7 @@ class StageLayout:
 
 
 @dataclass(kw_only=True)
-class StageConfig:
+class CurriculumStageConfig:
     """One stage of a curriculum; what is null is as in the run (or in the stage's own batch.*, model.*)."""
 
     name: str
@@ -75,7 +75,7 @@ class StageConfig:
     """At its end."""
     lr_shape: LrShape = LrShape.constant
     """From lr to lr_end."""
-    parallel: StageLayout = field(default_factory=StageLayout)
+    parallel: CurriculumStageLayout = field(default_factory=CurriculumStageLayout)
     """Where the layout differs; a change ends the process, and the same command goes on."""
 
     def __post_init__(self) -> None:
@@ -116,7 +116,7 @@ def interpolate(a: Mixture, b: Mixture, part: float) -> Mixture:
     return Mixture(between(a.weights, b.weights), shares)
 
 
-def lr_in_stage(stage: StageConfig, part: float, peak: float) -> float:
+def lr_in_stage(stage: CurriculumStageConfig, part: float, peak: float) -> float:
     """Learning rate when `part` of the stage's tokens are consumed."""
     low = peak if stage.lr_end is None else stage.lr_end
     match stage.lr_shape:

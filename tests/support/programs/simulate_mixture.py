@@ -24,7 +24,7 @@ from data.planner import Planner, build_units
 from scripts.curriculum import read_config
 from scripts.reporting.charts import LEFT, RIGHT, Series, line_chart
 from train.config import ConfigError, RunConfig
-from train.curriculum_stages import Stage, build_stages
+from train.curriculum_stages import CurriculumStage, build_stages
 
 TOLERANCE = 0.01
 WEIGHTS = {"web": 0.6, "code": 0.3, "books": 0.1}  # if the run has no sources of its own
@@ -43,7 +43,7 @@ class Draws(NamedTuple):
     stage: np.ndarray
 
 
-def scale(cfg: RunConfig, tokens: float) -> list[Stage]:
+def scale(cfg: RunConfig, tokens: float) -> list[CurriculumStage]:
     """Return the run's stages with the same tokens each; a part of a stage stays that part.
 
     Raises:
@@ -78,7 +78,7 @@ def document_lengths(bounds: Sequence[int], num_sources: int) -> list[np.ndarray
     return [np.exp(values).clip(2, 8 * bounds[-1]).astype(np.int64) for values in logs]
 
 
-def simulate(stages: list[Stage]) -> Draws:
+def simulate(stages: list[CurriculumStage]) -> Draws:
     """Draw all rows with the planner that a run has; what is wanted comes from the configuration alone."""
     data = replace(stages[0].cfg.data, eval_fraction=0.0)
     lengths = document_lengths(data.length_bounds, len(data.sources))
@@ -98,13 +98,13 @@ def simulate(stages: list[Stage]) -> Draws:
     return Draws(np.array(wanted), np.array(drawn, float), np.array(numbers))
 
 
-def _steps(stages: list[Stage]) -> Iterator[tuple[Stage, int]]:
+def _steps(stages: list[CurriculumStage]) -> Iterator[tuple[CurriculumStage, int]]:
     for stage in stages:
         end = stage.first_tokens + stage.tokens
         yield from ((stage, tokens) for tokens in range(stage.first_tokens, end, stage.sizes[1]))
 
 
-def names(stages: list[Stage]) -> list[str]:
+def names(stages: list[CurriculumStage]) -> list[str]:
     """Of the length buckets, then of the sources."""
     data = stages[0].cfg.data
     edges = [f"{bound // 1024}Ki" if bound % 1024 == 0 else str(bound) for bound in data.length_bounds]
@@ -113,7 +113,7 @@ def names(stages: list[Stage]) -> list[str]:
     return [f"documents {bucket}" for bucket in buckets] + [source.path for source in data.sources]
 
 
-def table(stages: list[Stage], draws: Draws) -> tuple[list[str], float]:
+def table(stages: list[CurriculumStage], draws: Draws) -> tuple[list[str], float]:
     """Return lines of Markdown, and the largest error as a part of its stage's tokens."""
     lines = ["| stage | tokens | shares of | configured % | drawn % | error % |", "|---|---|---|---|---|---|"]
     num_buckets, worst = len(stages[0].cfg.data.length_bounds) + 1, 0.0
@@ -141,7 +141,7 @@ text[text-anchor=end] { text-anchor: end; }
 """Fixed colours: a picture in a text has no page to take them from."""
 
 
-def picture(stages: list[Stage], draws: Draws) -> str:
+def picture(stages: list[CurriculumStage], draws: Draws) -> str:
     """One SVG: a panel for each length bucket and each source, grey lines where stages end."""
     titles, num_buckets = names(stages), len(stages[0].cfg.data.length_bounds) + 1
     totals = draws.drawn[:, :num_buckets].sum(axis=1)

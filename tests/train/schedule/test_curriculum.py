@@ -26,29 +26,29 @@ from train.checkpoint.storage import checksum
 from train.config import ConfigError, RunConfig
 from train.curriculum_stages import build_stages, stage_of, tokens_at, total_steps, validate_stages
 from train.guard.signals import StopRequest
-from train.schedule.curriculum import LrShape, StageConfig, StageLayout
+from train.schedule.curriculum import CurriculumStageConfig, CurriculumStageLayout, LrShape
 from train.training_data import build_data
 
 SOURCES = "data.sources=[{path: corpus/python}]"
 
 
-def two_sources(*stages: StageConfig, **changes: Any) -> RunConfig:
+def two_sources(*stages: CurriculumStageConfig, **changes: Any) -> RunConfig:
     cfg = config("conf=debug", "data.sources=[{path: a, weight: 3}, {path: b, weight: 1}]")
     no_decay = replace(cfg.schedule, warmup_tokens=0, decay_tokens=0)
     train = replace(cfg.train, steps=None)
     return replace(cfg, curriculum=list(stages), schedule=no_decay, train=train, **changes)
 
 
-def stage(**settings: Any) -> StageConfig:
+def stage(**settings: Any) -> CurriculumStageConfig:
     """Ten steps of 1024 tokens unless told."""
-    return StageConfig(**{"name": "s", "tokens": 10240, "global_tokens": 1024, **settings})
+    return CurriculumStageConfig(**{"name": "s", "tokens": 10240, "global_tokens": 1024, **settings})
 
 
 def test_stages_follow_each_other_in_whole_steps() -> None:
     cfg = two_sources(
         stage(name="a", tokens=10000, row_tokens=128),  # rounded up to 10 steps
         stage(name="b", tokens=8192, row_tokens=256, global_tokens=2048, micro_rows=1, rope_theta=5e4),
-        stage(name="c", parallel=StageLayout(tp=2)),
+        stage(name="c", parallel=CurriculumStageLayout(tp=2)),
     )
     stages = build_stages(cfg)
     assert [(s.first_step, s.end_step, s.first_tokens) for s in stages] == [
@@ -109,9 +109,9 @@ def test_learning_rate_segments(shape: LrShape, middle: float) -> None:
         ({"lr_end": 1e-4}, "lr_shape=constant: constant has none"),
         ({"lr_shape": LrShape.linear}, "others need one"),
         ({"weights": [1]}, "weights=[1] must be 2 numbers"),
-        ({"parallel": StageLayout(zero_stage=4)}, "parallel.zero_stage=4 must be"),
+        ({"parallel": CurriculumStageLayout(zero_stage=4)}, "parallel.zero_stage=4 must be"),
         ({"row_tokens": 100}, "batch.global_tokens=1024 must be a multiple"),
-        ({"parallel": StageLayout(tp=3)}, "parallel.tp=3"),
+        ({"parallel": CurriculumStageLayout(tp=3)}, "parallel.tp=3"),
     ],
 )
 def test_what_a_stage_may_not_be(changes: dict[str, Any], message: str) -> None:
@@ -121,7 +121,7 @@ def test_what_a_stage_may_not_be(changes: dict[str, Any], message: str) -> None:
     assert "late" in str(caught.value)
 
 
-@pytest.mark.parametrize("layout", [{}, {"parallel": StageLayout(tp=2)}])
+@pytest.mark.parametrize("layout", [{}, {"parallel": CurriculumStageLayout(tp=2)}])
 @pytest.mark.parametrize(
     ("first", "second"),
     [
