@@ -20,20 +20,20 @@ class Axis:
 
     name: str
     rank: int
-    """This process's place on the axis."""
+    """Place of this process on the axis."""
     ranks: tuple[int, ...]
     """Ranks of the job along the axis, in order."""
     group: dist.ProcessGroup | None = None
-    """Of the ranks; None at size 1, where every collective is the identity."""
+    """Process group of these ranks; None at size 1, where every collective is the identity."""
 
     @property
     def size(self) -> int:
-        """Ranks on the axis."""
+        """Count the ranks on the axis."""
         return len(self.ranks)
 
 
 def all_reduce_sum(x: Tensor, axis: Axis) -> Tensor:
-    """Sum of x over the axis; no gradient."""
+    """Sum x over the axis; no gradient."""
     if axis.group is not None:
         x = x.clone()
         dist.all_reduce(x, group=axis.group)
@@ -41,7 +41,7 @@ def all_reduce_sum(x: Tensor, axis: Axis) -> Tensor:
 
 
 def all_gather(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:
-    """The ranks' parts joined along dim, [..., size * axis, ...]; no gradient."""
+    """Join the ranks' parts along dim to [..., size * axis, ...]; no gradient."""
     if axis.group is None:
         return x
     x = x.movedim(dim, 0).contiguous()
@@ -51,7 +51,7 @@ def all_gather(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:
 
 
 def reduce_scatter(x: Tensor, axis: Axis, *, dim: int = 0) -> Tensor:
-    """This rank's part along dim of the sum over the ranks, [..., size / axis, ...]; no gradient."""
+    """Sum x over the ranks, keep this rank's part along dim, [..., size / axis, ...]; no gradient."""
     if axis.group is None:
         return x
     x = x.movedim(dim, 0).contiguous()

@@ -49,56 +49,56 @@ class Run:
 
     stages: list[CurriculumStage]
     stage: CurriculumStage
-    """Where the run is."""
+    """The curriculum stage that the run is in."""
     mesh: Mesh
     parts: list[Transformer]
-    """This rank's pipeline stages; the whole model without pp."""
+    """Pipeline stages of this rank; the whole model without pp."""
     engine: SingleStage | Pipeline
     """Runs forward and backward over the micro-batches."""
     shards: list[Shard]
-    """This rank's part of every parameter."""
+    """Part of every parameter that this rank updates."""
     gradients: Gradients
     """Where the gradients of all shards meet."""
     optimizer: AdamW
     loader: Prefetcher
     held_out: Callable[[RunConfig], list[Batch]]
-    """This rank's held-out rows, the same for every time that a stage evaluates."""
+    """Reads the held-out rows of this rank; the same rows at every evaluation of a curriculum stage."""
     biases: dict[str, Tensor]
-    """Router biases of this rank's layers by the names that a checkpoint has for them; {} if unused."""
+    """Router biases of this rank's layers by their names in a checkpoint; empty if unused."""
     progress: RunProgress
     health: Health
     guard: StateGuard
     clock: SectionClock
-    """Where this rank's time goes."""
+    """Measures where this rank's time goes."""
     stop: StopRequest
     watchdog: Watchdog
     metrics: MetricsWriter | None
-    """Rank 0 only."""
+    """Writes the records; None on all ranks but 0."""
     saver: Saver
 
     @property
     def cfg(self) -> RunConfig:
-        """The configuration as it holds in the present stage."""
+        """Return the configuration of the present curriculum stage."""
         return self.stage.cfg
 
     @property
     def routers(self) -> list[Router]:
-        """Routers of this rank's layers, in the order of `layers`."""
+        """List the routers of this rank's layers, in the order of `layers`."""
         return [router for part in self.parts for router in part.routers()]
 
     @property
     def layers(self) -> list[int]:
-        """Numbers of this rank's layers."""
+        """List the numbers of this rank's layers."""
         return [router.layer for router in self.routers]
 
     @property
     def run_dir(self) -> Path:
-        """Where the run writes."""
+        """Return the folder that the run writes to."""
         return Path(self.cfg.run_dir)
 
     @property
     def total_tokens(self) -> int:
-        """Input tokens of the whole run."""
+        """Count the input tokens of the whole run."""
         return tokens_at(self.stages, total_steps(self.stages))
 
 
@@ -106,7 +106,7 @@ def build_run(
     stages: list[CurriculumStage], stage: CurriculumStage, start: Start, mesh: Mesh, stop: StopRequest,
     watchdog: Watchdog, console: Console,
 ) -> Run:  # fmt: skip
-    """Build model, optimizer and data for a stage, and go on from a checkpoint where there is one.
+    """Build model, optimizer and data for a curriculum stage, and go on from a checkpoint where there is one.
 
     Raises:
         ConfigError: data that do not fit the configuration.
@@ -169,7 +169,7 @@ def router_biases(parts: Sequence[Transformer]) -> dict[str, Tensor]:
 def build_metrics(
     stages: list[CurriculumStage], cfg: RunConfig, step: int, console: Console
 ) -> MetricsWriter:
-    """Where rank 0 writes its records after `step`."""
+    """Open what rank 0 writes its records to after `step`."""
     run_dir = Path(cfg.run_dir)
     metrics = MetricsWriter(
         run_dir, log_config=cfg.log, console=console, total_steps=total_steps(stages), step=step
@@ -180,7 +180,7 @@ def build_metrics(
 
 
 def build_model(cfg: RunConfig, mesh: Mesh) -> tuple[list[Transformer], list[Shard], Gradients]:
-    """This rank's pipeline stages with initial weights, its part of every parameter, and their gradients."""
+    """Build this rank's pipeline stages, initialised, its part of every parameter, and the gradients."""
     count = count_parameters(cfg.model)
     log.info("model: %s parameters, %s active a token", f"{count.total:,}", f"{count.active:,}")
     parts = build_parts(cfg.model, cfg.parallel, mesh, row_tokens=cfg.batch.row_tokens, router=cfg.router)
@@ -192,7 +192,7 @@ def build_model(cfg: RunConfig, mesh: Mesh) -> tuple[list[Transformer], list[Sha
 
 
 def build_engine(parts: list[Transformer], cfg: RunConfig, mesh: Mesh) -> SingleStage | Pipeline:
-    """What runs forward and backward for batches of the configured size."""
+    """Build what runs forward and backward over batches of the configured size."""
     if mesh.pp.size == 1:
         return SingleStage(parts[0], zero_stage=cfg.parallel.zero_stage)
     if cfg.parallel.zero_stage == 2:
@@ -204,7 +204,7 @@ def build_engine(parts: list[Transformer], cfg: RunConfig, mesh: Mesh) -> Single
 
 
 def enter_stage(run: Run, stage: CurriculumStage) -> None:
-    """Go on with a stage of the same layout: its sizes, its schedule of micro-batches, its RoPE base."""
+    """Go on with a curriculum stage of the same layout: its sizes, pipeline schedule and RoPE base."""
     count_data(run)
     run.stage = stage
     run.health.begin_level()
@@ -215,14 +215,14 @@ def enter_stage(run: Run, stage: CurriculumStage) -> None:
 
 
 def count_data(run: Run) -> dict[str, Any]:
-    """Note in the progress what the present stage took; the loader's state."""
+    """Note in the progress what the present curriculum stage took; return the loader's state."""
     data = run.loader.state_dict()
     run.progress.count_sources(run.stage.name, data["source_tokens"], data["skipped_tokens"])
     return data
 
 
 def device_type(device: Device) -> str:
-    """`cpu` or `cuda`.
+    """Choose `cpu` or `cuda`.
 
     Raises:
         ConfigError: CUDA was asked for and is not there.

@@ -42,7 +42,7 @@ class ConfigError(ValueError):
 
 @contextmanager
 def user_errors(where: str = "") -> Iterator[None]:
-    """A ValueError from here concerns what the user gave; `where` says in which part of it."""
+    """Turn a ValueError into a ConfigError: it concerns what the user gave, in the part `where`."""
     try:
         yield
     except ValueError as error:
@@ -104,7 +104,7 @@ class RunConfig:
     run_dir: str = MISSING
     """Where the run writes; runs/NAME unless given."""
     seed: int = 0
-    """Of initial weights and data order."""
+    """Seed of initial weights and data order."""
     model: ModelConfig = MISSING
     router: RouterConfig = field(default_factory=RouterConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
@@ -126,15 +126,15 @@ class RunConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def num_micro_batches(self, dp: int) -> int:
-        """Micro-batches of a step on each of dp data-parallel ranks."""
+        """Count the micro-batches of a step on each of dp data-parallel ranks."""
         return self.batch.global_tokens // (self.batch.row_tokens * self.batch.micro_rows * dp)
 
     def pool_rows(self, world_size: int) -> int:
-        """Rows of a micro-batch on all dp ranks: those over which capacity and aux loss are taken."""
+        """Count a micro-batch's rows on all dp ranks: those over which capacity and aux loss are taken."""
         return self.batch.micro_rows * self.parallel.dp(world_size)
 
     def pool_groups(self, world_size: int) -> int:
-        """EP groups that share their experts' capacity."""
+        """Count the EP groups that share their experts' capacity."""
         return self.router.groups_in_pool(self.parallel.edp(world_size))
 
     def validate(self, world_size: int) -> None:
@@ -199,7 +199,7 @@ def register_schema() -> None:
 
 
 def load_config(composed: DictConfig) -> RunConfig:
-    """The composed configuration as dataclasses, interpolations resolved.
+    """Turn the composed configuration into dataclasses, interpolations resolved.
 
     Raises:
         ConfigError: a value is missing or out of its range.
@@ -285,7 +285,7 @@ def rewrite_conf(argv: list[str], env: Mapping[str, str]) -> list[str]:
 
 
 def run_names() -> list[str]:
-    """Names that conf= accepts."""
+    """List the names that conf= accepts."""
     root = CONF_DIR / "run"
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
@@ -314,7 +314,7 @@ def register_run_file(path: Path) -> str:
 
 
 def explain(error: HydraException | OmegaConfBaseException) -> str:
-    """One line for the user: what is wrong, at which key, and which keys resemble it."""
+    """Say in one line what is wrong, at which key, and which keys resemble it."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
         cause = cause.__cause__ or cause.__context__

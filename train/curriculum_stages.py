@@ -16,45 +16,45 @@ class CurriculumStage:
     """Steps that share row length, batch and layout."""
 
     name: str
-    """For people; "" without a curriculum."""
+    """Name of the stage, for people; "" without a curriculum."""
     number: int
-    """From 0."""
+    """Number of the stage in the curriculum, from 0."""
     cfg: RunConfig
     """The run's configuration as it holds in this stage."""
     settings: CurriculumStageConfig | None
-    """None without a curriculum."""
+    """Entry of `curriculum` that it comes from; None without a curriculum."""
     first_step: int
     """Steps before this stage."""
     end_step: int
-    """Steps at its end; the run may stop earlier."""
+    """Steps at the end of this stage; the run may stop earlier."""
     first_tokens: int
     """Input tokens before this stage."""
     before: Mixture
-    """What the stage before ended with; its own for the first."""
+    """Mixture that the stage before ended with; the first stage's own."""
 
     @property
     def tokens(self) -> int:
-        """Input tokens of the stage."""
+        """Count the input tokens of the stage."""
         return (self.end_step - self.first_step) * self.cfg.batch.global_tokens
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Tokens of a row and of a step."""
+        """Return the tokens of a row and of a step."""
         return self.cfg.batch.row_tokens, self.cfg.batch.global_tokens
 
     @property
     def own(self) -> Mixture:
-        """Its mixture between the transition and the final part."""
+        """Return the mixture between the transition and the final part."""
         return _mixture(self.cfg, self.settings.weights if self.settings else None)
 
     @property
     def last(self) -> Mixture:
-        """What it ends with."""
+        """Return the mixture that the stage ends with."""
         final = self.settings.final_weights if self.settings else None
         return self.own if final is None else dataclasses.replace(self.own, weights=tuple(final))
 
     def mixture_at(self, tokens: int) -> Mixture:
-        """Mixture of the step that begins when `tokens` input tokens of the run are consumed."""
+        """Return the mixture of the step that begins when `tokens` input tokens of the run are consumed."""
         settings, place = self.settings, tokens - self.first_tokens
         if settings is None:
             return self.own
@@ -65,7 +65,7 @@ class CurriculumStage:
         return self.own
 
     def lr_at(self, tokens: int, total_tokens: int) -> float:
-        """Learning rate of the step that ends at `tokens` of the run's `total_tokens`."""
+        """Return the learning rate of the step that ends at `tokens` of the run's `total_tokens`."""
         factor = lr_factor(tokens, total_tokens, self.cfg.schedule)
         if self.settings is None:
             return self.cfg.optimizer.lr * factor
@@ -74,7 +74,7 @@ class CurriculumStage:
 
 
 def build_stages(cfg: RunConfig) -> list[CurriculumStage]:
-    """All stages of a run, in order.
+    """Lay out all curriculum stages of a run, in order.
 
     Raises:
         ConfigError: neither a length nor a curriculum, or a stage that contradicts the run.
@@ -132,7 +132,7 @@ def _mixture(cfg: RunConfig, weights: Sequence[float] | None) -> Mixture:
 
 
 def validate_stages(stages: Sequence[CurriculumStage], world_size: int) -> None:
-    """Check every stage before the first step.
+    """Check every curriculum stage before the first step.
 
     Raises:
         ConfigError: with stage, key, value, rule and remedy.
@@ -143,17 +143,17 @@ def validate_stages(stages: Sequence[CurriculumStage], world_size: int) -> None:
 
 
 def naming(name: str) -> AbstractContextManager[None]:
-    """A ValueError from here concerns this stage."""
+    """Turn a ValueError into a ConfigError that names this curriculum stage."""
     return user_errors(f"curriculum stage {name}: " if name else "")
 
 
 def stage_of(stages: Sequence[CurriculumStage], step: int) -> CurriculumStage:
-    """The stage of the step after `step` steps; the last one after all."""
+    """Find the stage of the step after `step` steps; the last stage after all of them."""
     return next((stage for stage in stages if step < stage.end_step), stages[-1])
 
 
 def doubts(stages: Sequence[CurriculumStage]) -> list[str]:
-    """What is legal and seldom meant, for people."""
+    """List what is legal but seldom meant, for people."""
     cfg, total, found = stages[0].cfg, tokens_at(stages, total_steps(stages)), []
     if cfg.schedule.decay_tokens > total:
         first = stages[0].lr_at(cfg.batch.global_tokens, total)
@@ -170,12 +170,12 @@ def doubts(stages: Sequence[CurriculumStage]) -> list[str]:
 
 
 def total_steps(stages: Sequence[CurriculumStage]) -> int:
-    """Steps of the run: to train.steps or to the curriculum's end, whichever comes first."""
+    """Count the steps of the run: to train.steps or to the curriculum's end, whichever comes first."""
     limit = stages[0].cfg.train.steps
     return stages[-1].end_step if limit is None else min(limit, stages[-1].end_step)
 
 
 def tokens_at(stages: Sequence[CurriculumStage], step: int) -> int:
-    """Input tokens consumed before the step after `step` steps."""
+    """Count the input tokens consumed in the first `step` steps."""
     stage = stage_of(stages, step)
     return stage.first_tokens + (step - stage.first_step) * stage.cfg.batch.global_tokens

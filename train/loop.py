@@ -66,8 +66,8 @@ def _to_the_end(run: Run) -> tuple[Ending, str]:
         cfg, step, last = run.cfg, progress.step, progress.step >= end
         following = stage_of(run.stages, step)
         moves = not last and following.cfg.parallel != cfg.parallel
-        is_due = cfg.checkpoint.every is not None and step % cfg.checkpoint.every == 0
-        saves = last or result.stop or moves or is_due
+        ends = last or result.stop or moves
+        saves = ends or (cfg.checkpoint.every is not None and step % cfg.checkpoint.every == 0)
         run.guard.remember(progress.optimizer_steps, step, saves=saves)
         eval_loss = None
         if cfg.eval.every is not None and (last or step % cfg.eval.every == 0):
@@ -83,8 +83,8 @@ def _to_the_end(run: Run) -> tuple[Ending, str]:
                 recorder.throughput.paused(),
                 run.watchdog.section("checkpoint", limits.checkpoint_timeout_s),
             ):
-                failures = save(run, SaveMode.sync if last or result.stop or moves else cfg.checkpoint.mode)
-            if failures and (last or result.stop or moves):
+                failures = save(run, SaveMode.sync if ends else cfg.checkpoint.mode)
+            if failures and ends:
                 return Ending.FAILED, failures[-1]
         if last:
             return Ending.DONE, "train.steps reached"
@@ -99,7 +99,7 @@ def _to_the_end(run: Run) -> tuple[Ending, str]:
 
 
 def next_batches(run: Run) -> list[Batch]:
-    """This rank's micro-batches of the next step.
+    """Read this rank's micro-batches of the next step.
 
     Raises:
         ConfigError: data that cannot be used, or their end: then the last step is saved first.
@@ -116,7 +116,7 @@ def next_batches(run: Run) -> list[Batch]:
 
 
 def save(run: Run, mode: SaveMode) -> list[str]:
-    """Save weights, moments, clocks and data position of this step; what failed by now, said already.
+    """Save weights, moments, clocks and data position of this step; return what failed, reported already.
 
     Raises:
         DamagedStateError: on every rank, if weights or moments changed since the update.
@@ -141,7 +141,7 @@ def save(run: Run, mode: SaveMode) -> list[str]:
 
 
 def report(run: Run, failures: Sequence[str]) -> None:
-    """Say which saves failed: on rank 0, all ranks know the same."""
+    """Log which saves failed, on rank 0; all ranks know the same."""
     if run.metrics is not None:
         for failure in failures:
             log.error("%s", failure)
@@ -215,7 +215,7 @@ class Recorder:
         self.spike_score = None
 
     def report_slow(self) -> float | None:
-        """Say which ranks keep the others waiting; the lowest score, 1 = none does, None = nobody looked."""
+        """Log which ranks keep the others waiting; return the lowest score (1 = none, None = not watched)."""
         limit, mesh = self.run.cfg.health.slow_score, self.run.mesh
         if limit is None:
             return None

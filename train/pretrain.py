@@ -55,7 +55,7 @@ from train.monitor.log import set_up_logging
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="pretrain")
 def main(composed: DictConfig) -> None:
-    """Compose, check, run."""
+    """Compose the configuration, check it, run it."""
     try:
         if composed.checkpoint.init is not None:
             saving = composed.checkpoint
@@ -68,7 +68,7 @@ def main(composed: DictConfig) -> None:
 
 
 def run_to_end(cfg: RunConfig, resolved: str) -> int:
-    """Build the run, train, say in the run directory how it ended; the exit code."""
+    """Build the run, train, write to the run directory how it ended; return the exit code."""
     console = Console(stderr=False)
     set_up_logging(launched_rank(), console)
     run_dir, leader = Path(cfg.run_dir), launched_rank() == 0
@@ -115,7 +115,7 @@ def run_to_end(cfg: RunConfig, resolved: str) -> int:
 
 
 def end_early(run_dir: Path, reason: str) -> int:
-    """Say that the run wants to go on, without a step of its own; every rank comes here."""
+    """Write that the run wants to go on, with no step taken; return the exit code, on every rank."""
     if launched_rank() == 0:
         write_sentinel(run_dir, Ending.REQUEUE, code=EXIT_CODES[Ending.REQUEUE], step=None, reason=reason)
     leave_job()
@@ -123,7 +123,7 @@ def end_early(run_dir: Path, reason: str) -> int:
 
 
 def fail(run_dir: Path, message: str, code: int) -> NoReturn:
-    """Say it in the run directory, unless another job is at work there, and end; every rank comes here."""
+    """Write the failure to the run directory, unless another job works there, and end, on every rank."""
     leave_job()
     if not lock_holder(run_dir, launch_name()):
         write_sentinel(run_dir, Ending.FAILED, code=code, step=None, reason=message)

@@ -26,14 +26,14 @@ class RunProgress:
     tokens: int = 0
     """Input tokens consumed since step 0."""
     optimizer_steps: int = 0
-    """Updates made."""
+    """Updates made: steps that were not skipped."""
     consumed: dict[str, list[int]] = field(default_factory=dict)
-    """By stage name, or SKIPPED: stream tokens taken from each of data.sources."""
+    """Tokens taken from each of data.sources, by the name of the curriculum stage, or SKIPPED."""
     rewinds: list[list[int]] = field(default_factory=list)
-    """[to] or [to, a, b] of each rewind before this step, as in RewindConfig."""
+    """Rewinds before this step, each [to] or [to, a, b] as in RewindConfig."""
 
     def count_sources(self, stage: str, totals: list[int], skipped: Sequence[int] = ()) -> None:
-        """Note what a stage took: of the run's totals, what no other stage did and no rewind skipped."""
+        """Note what a curriculum stage took: the run's totals less other stages and what rewinds skipped."""
         if any(skipped):
             self.consumed[SKIPPED] = list(skipped)
         others = [tokens for name, tokens in self.consumed.items() if name != stage]
@@ -47,7 +47,7 @@ class RunProgress:
 
 
 def restore_clocks(manifest: Manifest, loader: Prefetcher, health: Health, cfg: RunConfig) -> RunProgress:
-    """Clocks, data position and windows of a checkpoint, before anything large is allocated.
+    """Restore clocks, data position and windows from a checkpoint, before anything large is allocated.
 
     Raises:
         ValueError: the data are others, and nobody allowed that.

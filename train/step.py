@@ -29,17 +29,17 @@ class StepResult:
     loss: float
     """Cross-entropy a target token of the global batch, without aux."""
     grad_norm: float
-    """Of the whole model, before clipping."""
+    """Gradient norm of the whole model, before clipping."""
     lr: float
     """Learning rate of this step."""
     verdict: Verdict
-    """Whether it was skipped, and what was unusual."""
+    """Whether the step was skipped, and what was unusual."""
     stop: bool
-    """Some rank was asked to stop."""
+    """Whether some rank was asked to stop."""
 
 
 def train_step(run: Run, batches: Sequence[Batch]) -> StepResult:
-    """Forward and backward over this rank's micro-batches, then one update, decided alike on every rank.
+    """Run forward and backward over this rank's micro-batches, then update, decided alike on every rank.
 
     Raises:
         DamagedStateError: on every rank, before the update, if weights or moments changed since the last.
@@ -73,7 +73,7 @@ def train_step(run: Run, batches: Sequence[Batch]) -> StepResult:
 
 
 def compute_gradients(run: Run, batches: Sequence[Batch]) -> torch.Tensor:
-    """Leave the step's gradients in the masters.
+    """Compute the step's gradients and leave them in the masters.
 
     Returns:
         [loss, square of the gradient norm, ranks asked to stop, ranks with damaged state]: summed over all
@@ -95,8 +95,7 @@ def compute_again(
 ) -> torch.Tensor:
     """Compute a suspicious step's gradients once more, say whether all bits agree, keep the second ones.
 
-    Args:
-        before: what the routers had counted.
+    `before` is what the routers had counted until then, from `router_counts`.
     """
     names, first = hash_step(run)
     run.gradients.drop()
@@ -118,19 +117,19 @@ def compute_again(
 
 
 def hash_step(run: Run) -> tuple[list[str], torch.Tensor]:
-    """Names and hashes of what this rank computed in a step: its micro-batches' losses, its gradients."""
+    """Name and hash what this rank computed in a step: its micro-batches' losses, its gradients."""
     results = {f"loss of micro-batch {i}": loss for i, loss in enumerate(run.engine.micro_losses)}
     results |= {f"gradient of {s.name}": s.master.grad for s in run.shards if s.master.grad is not None}
     return list(results), digests(results.values())
 
 
 def router_counts(run: Run) -> dict[torch.Tensor, torch.Tensor]:
-    """Copies of what the routers of this rank have counted, by the buffer."""
+    """Copy what the routers of this rank have counted, by the buffer."""
     return {buffer: buffer.clone() for router in run.routers for buffer in router.buffers(recurse=False)}
 
 
 def warn_of_source(run: Run, batches: Sequence[Batch], loss_sum: float) -> None:
-    """Say where non-finite values arose, if it was on this rank."""
+    """Log where non-finite values arose, if it was on this rank."""
     dp, micro_rows = run.mesh.dp, run.cfg.batch.micro_rows
     shards = run.shards if math.isfinite(loss_sum) else []  # a bad loss spoils every rank's gradients
 
@@ -151,7 +150,7 @@ def warn_of_source(run: Run, batches: Sequence[Batch], loss_sum: float) -> None:
 
 @torch.no_grad()
 def evaluate(run: Run) -> float:
-    """Mean loss a target token over the held-out rows, the same rows every time."""
+    """Return the mean loss per target token over the held-out rows, the same rows every time."""
     for part in run.parts:
         part.eval()
     batches = run.held_out(run.cfg)
@@ -163,7 +162,7 @@ def evaluate(run: Run) -> float:
 
 
 def local_batches(run: Run, batches: Sequence[Batch]) -> list[MicroBatch]:
-    """This rank's tokens of the micro-batches, on its device."""
+    """Cut this rank's tokens out of the micro-batches, on its device."""
     moved = [batch.to(run.mesh.device) for batch in batches]
     cp, first = run.mesh.cp, run.progress.step * len(batches)
     is_padded = run.cfg.data.packing is Packing.best_fit
@@ -180,5 +179,5 @@ def local_batches(run: Run, batches: Sequence[Batch]) -> list[MicroBatch]:
 
 
 def count_targets(batches: Sequence[Batch]) -> torch.Tensor:
-    """Target tokens of these micro-batches, a scalar."""
+    """Count the target tokens of these micro-batches, a scalar."""
     return torch.stack([(batch.targets >= 0).sum() for batch in batches]).sum()

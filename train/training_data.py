@@ -26,14 +26,10 @@ BEAT_SECONDS = 30
 def build_data(
     stages: list[CurriculumStage], stage: CurriculumStage, mesh: Mesh, stop: StopRequest
 ) -> tuple[Prefetcher, Callable[[RunConfig], list[Batch]]]:
-    """The training data of all stages, and a function that reads a stage's held-out rows."""
+    """Open the training data of all curriculum stages; also return a function that reads held-out rows."""
     cfg = stage.cfg
     datasets = [TokenDataset(prefix) for prefix in find_tokens(cfg.data, mesh, stop)]
-    where: dict[str, Any] = {
-        "rank": mesh.dp.rank,
-        "size": mesh.dp.size,
-        "vocab_size": cfg.model.vocab_size,
-    }
+    where: dict[str, Any] = {"rank": mesh.dp.rank, "size": mesh.dp.size, "vocab_size": cfg.model.vocab_size}
 
     def plan(number: int) -> tuple[Shape, Mixture]:
         at = stage_of(stages, number)

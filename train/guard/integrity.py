@@ -32,7 +32,7 @@ class DamagedStateError(RuntimeError):
 
 
 def digests(tensors: Iterable[Tensor]) -> Tensor:
-    """A hash of each tensor's bits, [tensors] int64 on the last one's device; reads nothing to the host.
+    """Hash each tensor's bits, [tensors] int64 on the last one's device; reads nothing to the host.
 
     The sum of all 64-bit words, each times an odd number that depends on its place: arithmetic modulo 2^64 is
     exact in any order, and odd numbers have an inverse, so whatever changes in one word changes the hash.
@@ -56,7 +56,7 @@ def _odd_numbers(count: int, device: torch.device) -> Tensor:
 
 
 def _digest(x: Tensor, factors: Tensor) -> Tensor:
-    """Of the elements of x, [n]; blocks of words follow each other as the digits of a number."""
+    """Hash the elements of x, [n]; blocks of words follow each other as the digits of a number."""
     per_word = 8 // x.element_size()
     total = torch.zeros((), dtype=torch.int64, device=x.device)
     for part in x.split(per_word * WORDS):
@@ -164,10 +164,9 @@ def _parted(
     is_replica: Sequence[Sequence[bool]],
     ranks: Sequence[int],
 ) -> list[str]:
-    """One line for each set of ranks whose replicas differ, and the odd ones out where most agree.
+    """Write a line for each set of ranks whose replicas differ, with the odd ones out where most agree.
 
-    Args:
-        kept, is_replica: [tp][tensors]. ranks: of the job, by tp rank.
+    `kept` and `is_replica` are [tp][tensors]; `ranks` are those of the job, by tp rank.
     """
     by_verdict: dict[str, list[str]] = {}
     for name, hashes, same in zip(names, zip(*kept, strict=True), zip(*is_replica, strict=True), strict=True):

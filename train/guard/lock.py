@@ -20,14 +20,14 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class RunLock(NamedTuple):
-    """What came of asking for the lock."""
+    """The outcome of asking for the lock."""
 
     file: TextIO | None
-    """Keep it: closing it lets the lock go. None where it was not taken."""
+    """The locked file; closing it lets the lock go. None where the lock was not taken."""
     holder: str | None = None
-    """Who else has it, for people."""
+    """Who else has the lock, for people; None = nobody."""
     error: str | None = None
-    """Why nothing can be written there."""
+    """Why the run directory cannot be written; None = it can."""
 
     def refusal(self, run_dir: Path) -> str | None:
         """Say why no job can start in the directory; None if one can."""
@@ -41,8 +41,7 @@ class RunLock(NamedTuple):
 def take_lock(run_dir: Path, launch: str, slurm_job: str | None) -> RunLock:
     """Take the lock unless another job has it; rank 0 calls this before it writes anything else.
 
-    Args:
-        launch: tells this launch of processes from others.
+    `launch` tells this launch of processes from others.
     """
     try:
         return _take_lock(run_dir, launch, slurm_job)

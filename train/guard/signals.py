@@ -21,7 +21,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Ending(StrEnum):
-    """Name of the sentinel file."""
+    """How a run ended; also the name of the sentinel file."""
 
     DONE = "DONE"
     REQUEUE = "REQUEUE"
@@ -29,7 +29,7 @@ class Ending(StrEnum):
 
 
 class StoppedEarly(Exception):
-    """Asked to stop before the first step; the text says by what. Nothing new is to be saved."""
+    """The run was asked to stop before its first step; the text says by what. There is nothing to save."""
 
 
 EXIT_CODES = {Ending.DONE: 0, Ending.REQUEUE: 75, Ending.FAILED: 1}
@@ -52,11 +52,11 @@ class StopRequest:
 
     @property
     def is_set(self) -> bool:
-        """Whether this rank was asked to stop."""
+        """Tell whether this rank was asked to stop."""
         return self.signal_name is not None
 
     def leave_early(self, world: Axis, when: str) -> None:
-        """Ask all ranks before the first step.
+        """Stop on every rank if one was asked to, before the first step.
 
         Raises:
             StoppedEarly: on every rank, if one was asked to stop.

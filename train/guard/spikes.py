@@ -53,11 +53,11 @@ class HealthConfig:
     """Seconds from the ranks' meeting to the first step at which a rank counts as hung and ends the job with
     code 75; null = never. Text that is still to be tokenized counts."""
     step_timeout_s: float | None = None
-    """The same for one step; the first one may compile."""
+    """Seconds at which one step counts as hung; null = never. The first step may compile."""
     eval_timeout_s: float | None = None
-    """The same for one evaluation."""
+    """Seconds at which one evaluation counts as hung; null = never."""
     checkpoint_timeout_s: float | None = None
-    """The same for one save."""
+    """Seconds at which one save counts as hung; null = never."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -90,11 +90,11 @@ class Verdict:
     score: float | None = None
     """Standard deviations above the mean, of loss or norm, whichever is more; None = cannot be told."""
     spike: str | None = None
-    """What was a spike, for people."""
+    """What was a spike, for people; None = nothing."""
     norm_limit: float = math.inf
-    """What the gradient norm is to be clipped to."""
+    """Largest gradient norm that the update may use; infinity = any."""
     gave_up: str | None = None
-    """Why the run is to end without a save."""
+    """Why the run is to end without a save; None = it goes on."""
 
 
 class Health:
@@ -143,18 +143,18 @@ class Health:
         return Verdict(skipped, score, spike, norm_limit, gave_up)
 
     def suspects(self, loss: float, grad_norm: float) -> bool:
-        """Whether a step with these values is non-finite or a spike; changes nothing."""
+        """Tell whether a step with these values is non-finite or a spike; changes nothing."""
         scores = self._scores({"loss": loss, "grad_norm": grad_norm})
         return not math.isfinite(loss + grad_norm) or max(scores.values(), default=0) > self.cfg.spike_sigmas
 
     def _scores(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Deviations above the mean; {} while the window is less than half full."""
+        """Return the deviations above the mean; {} while the window is less than half full."""
         if 2 * len(self.windows["loss"]) < self.cfg.window:
             return {}
         return {key: deviations(value, self.windows[key]) for key, value in values.items()}
 
     def _most(self, key: str) -> float:
-        """The largest value that is no spike: where the level has changed for good, the window follows."""
+        """Return the largest value that is no spike: if the level changes for good, the window follows."""
         mean, deviation = spread(self.windows[key])
         return mean + self.cfg.spike_sigmas * deviation
 
@@ -163,14 +163,14 @@ class Health:
         return limit is not None and self.skips_in_row >= limit
 
     def _usual_norm(self, norm: float, score: float) -> float:
-        """mean + sigmas^2 / score deviations: the farther out, the nearer to the mean (arXiv 2504.02507)."""
+        """Return mean + sigmas^2 / score deviations: farther out is nearer the mean (arXiv 2504.02507)."""
         if score <= self.cfg.spike_sigmas:
             return norm  # the loss is the spike
         mean, _ = spread(self.windows["grad_norm"])
         return mean + (norm - mean) * (self.cfg.spike_sigmas / score) ** 2
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the state as JSON values."""
         windows = {key: list(values) for key, values in self.windows.items()}
         return {"skips_in_row": self.skips_in_row, "windows": windows}
 
@@ -182,13 +182,13 @@ class Health:
 
 
 def deviations(value: float, window: Sequence[float]) -> float:
-    """How many standard deviations a value lies above the mean of a window."""
+    """Count the standard deviations that a value lies above the mean of a window."""
     mean, deviation = spread(window)
     return (value - mean) / deviation
 
 
 def spread(window: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation, at least a little one: a flat window makes no spike of noise."""
+    """Return mean and standard deviation, never quite 0: a flat window makes no spike of noise."""
     mean = math.fsum(window) / len(window)
     deviation = math.sqrt(math.fsum((each - mean) ** 2 for each in window) / len(window))
     return mean, max(deviation, 1e-6 * abs(mean), 1e-12)
@@ -204,6 +204,8 @@ def find_non_finite(
     Args:
         losses: of each micro-batch of the step, [micro_rows, tokens/cp] or a scalar.
         shards: whose gradients to look at where the losses are finite.
+        dp: the data-parallel axis, to number rows.
+        micro_rows: rows of a micro-batch on this rank.
         documents_at: names those of a micro-batch under a mask [micro_rows, tokens/cp].
     """
     found = []

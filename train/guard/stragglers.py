@@ -42,11 +42,11 @@ class Slow(NamedTuple):
     rank: int
     section: Section
     score: float
-    """Median of the ranks of its pipeline stage / its own time."""
+    """Median time of the ranks of its pipeline stage in the section / its own time."""
 
 
 class SectionClock:
-    """Own time of the main thread by section; its thread ends with the process."""
+    """Measures the own time of the main thread by section; its thread ends with the process."""
 
     def __init__(self, *, watches: bool) -> None:
         """Start the watching thread, if anybody wants to know."""
@@ -89,15 +89,17 @@ def communicates(frame: FrameType | None) -> bool:
 
 
 def gather_times(seconds: Sequence[float], mesh: Mesh) -> list[list[float]]:
-    """What `SectionClock.read` gave on every rank, in the order of ranks, on all ranks."""
+    """Gather what `SectionClock.read` gave on every rank, in the order of ranks, on all ranks."""
     return all_gather(torch.tensor([seconds], dtype=torch.float64), mesh.world).tolist()
 
 
 def find_slow(times: Sequence[Sequence[float]], *, stages: int, limit: float) -> list[Slow]:
-    """Ranks and sections with a score below the limit, the worst first.
+    """Find the ranks and sections with a score below the limit, the worst first.
 
     Args:
         times: [ranks][sections and all], from `gather_times`; ranks of a pipeline stage follow each other.
+        stages: number of pipeline stages.
+        limit: highest score that is reported, above 0 and below 1.
     """
     size, found = len(times) // stages, []
     for first in range(0, len(times), size):

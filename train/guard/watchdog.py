@@ -29,7 +29,7 @@ class Watchdog:
 
     @contextmanager
     def section(self, name: str, limit_s: float | None) -> Iterator[None]:
-        """What happens in here may take `limit_s` seconds, None = any time; the section around it pauses."""
+        """Allow `limit_s` seconds for what happens in here, None = any time; the section around it pauses."""
         before, start = (self._section, self._deadline), time.monotonic()
         self._enter(name, float("inf") if limit_s is None else start + limit_s)
         try:

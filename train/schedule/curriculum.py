@@ -39,7 +39,7 @@ class CurriculumStageLayout:
     """What is kept sharded."""
 
     def apply(self, cfg: ParallelConfig) -> ParallelConfig:
-        """The run's layout with these fields changed."""
+        """Return the run's layout with these fields changed."""
         return dataclasses.replace(cfg, **{key: v for key, v in vars(self).items() if v is not None})
 
 
@@ -48,9 +48,9 @@ class CurriculumStageConfig:
     """One stage of a curriculum; what is null is as in the run (or in the stage's own batch.*, model.*)."""
 
     name: str
-    """For people."""
+    """Name of the stage, for people."""
     tokens: int
-    """Input tokens; rounded up to whole steps."""
+    """Input tokens of the stage; rounded up to whole steps."""
     row_tokens: int | None = None
     """Context length."""
     global_tokens: int | None = None
@@ -60,7 +60,7 @@ class CurriculumStageConfig:
     rope_theta: float | None = None
     """Base of the rotary frequencies."""
     weights: list[float] | None = None
-    """Of the sources, in the order of data.sources."""
+    """Weights of the sources, in the order of data.sources."""
     length_shares: list[float] | None = None
     """Token shares of the document lengths between data.length_bounds."""
     transition_tokens: int = 0
@@ -68,13 +68,13 @@ class CurriculumStageConfig:
     final_fraction: float = 0.0
     """Last part of the stage in which final_weights hold, such as 0.2."""
     final_weights: list[float] | None = None
-    """Of the sources in that part."""
+    """Weights of the sources in the last part of the stage."""
     lr: float | None = None
     """Learning rate at the stage's start, after the warm-up; null = optimizer.lr."""
     lr_end: float | None = None
-    """At its end."""
+    """Learning rate at the stage's end."""
     lr_shape: LrShape = LrShape.constant
-    """From lr to lr_end."""
+    """How the learning rate goes from lr to lr_end."""
     parallel: CurriculumStageLayout = field(default_factory=CurriculumStageLayout)
     """Where the layout differs; a change ends the process, and the same command goes on."""
 
@@ -103,7 +103,7 @@ class CurriculumStageConfig:
 
 
 def interpolate(a: Mixture, b: Mixture, part: float) -> Mixture:
-    """Linearly from a (part 0) to b (part 1), each scaled to a sum of 1."""
+    """Go linearly from a (part 0) to b (part 1), each scaled to a sum of 1."""
     if part >= 1:
         return b
 
@@ -117,7 +117,7 @@ def interpolate(a: Mixture, b: Mixture, part: float) -> Mixture:
 
 
 def lr_in_stage(stage: CurriculumStageConfig, part: float, peak: float) -> float:
-    """Learning rate when `part` of the stage's tokens are consumed."""
+    """Return the learning rate when `part` of the stage's tokens are consumed."""
     low = peak if stage.lr_end is None else stage.lr_end
     match stage.lr_shape:
         case LrShape.constant:

@@ -13,7 +13,7 @@ class ScheduleConfig:
     """Lengths in input tokens; everything between warm-up and decay is constant."""
 
     warmup_tokens: int = 0
-    """Linear rise from 0; may be longer than the run."""
+    """Length of the linear rise from 0; may be longer than the run."""
     decay_tokens: int = 0
     """Length of the decay at the run's end; a shorter run begins in mid-decay."""
     decay_shape: DecayShape = DecayShape.cosine
@@ -35,7 +35,7 @@ class ScheduleConfig:
 
 
 def lr_factor(tokens: int, total_tokens: int, cfg: ScheduleConfig) -> float:
-    """Learning rate as a part of the peak for the step that ends at `tokens` of `total_tokens`."""
+    """Return the learning rate as a part of the peak for the step that ends at `tokens` of `total_tokens`."""
     rise = min(1.0, tokens / cfg.warmup_tokens) if cfg.warmup_tokens else 1.0
     into_decay = tokens - (total_tokens - cfg.decay_tokens)
     if into_decay <= 0:
