@@ -10,6 +10,25 @@ SlopeRule = StrEnum("SlopeRule", ["text01", "transformers"])
 """Public formulas for the decay slopes; they differ unless num_heads is a power of two (then by 1e-5)."""
 
 
+def divisors(size: int) -> list[int]:
+    """List what divides size, ascending, 1 and size included."""
+    return [n for n in range(1, size + 1) if size % n == 0]
+
+
+def require_divisor(key: str, value: int, of_key: str, size: int, *, most: int = 512) -> None:
+    """Refuse a value that does not divide a size.
+
+    Args:
+        most: the largest legal value to suggest.
+
+    Raises:
+        ValueError: value does not divide size; it lists the values that do.
+    """
+    if size % value:
+        legal = [n for n in divisors(size) if n <= most]
+        raise ValueError(f"{key}={value} must divide {of_key}={size}; use one of {legal}")
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """Hybrid lightning/softmax transformer with a mixture of experts in every layer (arXiv 2501.08313)."""
@@ -68,11 +87,7 @@ class ModelConfig:
                 raise ValueError(
                     f"model.{name}={getattr(self, name)} must be a number >= 0; MiniMax-01 has 1e-5 and 1e-6"
                 )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"model.num_kv_heads={self.num_kv_heads} must divide model.num_heads={self.num_heads}; "
-                f"use one of {[n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]}"
-            )
+        require_divisor("model.num_kv_heads", self.num_kv_heads, "model.num_heads", self.num_heads)
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ValueError(
                 f"model.rotary_dim={self.rotary_dim} must be even and <= head_dim={self.head_dim}"
@@ -213,8 +228,8 @@ class RouterConfig:
         if self.capacity_factor is None or self.scope is Scope["local"]:
             return 1
         if self.pool_groups is not None and edp % self.pool_groups:
-            legal = [n for n in range(1, edp + 1) if edp % n == 0]
             raise ValueError(
-                f"router.pool_groups={self.pool_groups} must divide the EP groups, edp={edp}; use {legal}"
+                f"router.pool_groups={self.pool_groups} must divide the EP groups, edp={edp}; "
+                f"use {divisors(edp)}"
             )
         return self.pool_groups or edp

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from model.config import divisors
+
 
 class Offload(StrEnum):
     """Where the optimizer's masters and moments lie and its step runs."""
@@ -119,11 +121,10 @@ class ParallelConfig:
     def _rest(self, world_size: int, *axes: str) -> int:
         product = math.prod(getattr(self, axis) for axis in axes)
         if world_size % product:
-            legal = [n for n in range(1, world_size + 1) if world_size % n == 0]
             values = ", ".join(f"parallel.{axis}={getattr(self, axis)}" for axis in axes)
             raise ValueError(
                 f"{values}: their product {product} must divide the world size {world_size}; "
-                f"choose a product among {legal}"
+                f"choose a product among {divisors(world_size)}"
             )
         return world_size // product
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.permute import Sorting, permute, sort_choices, unpermute
-from model.config import ModelConfig
+from model.config import require_divisor
 from model.moe import Compute, Experts, MoE
 from model.router import Memo, Routing
 from model.transformer import Transformer
@@ -38,25 +38,15 @@ def apply_expert(model: Transformer, mesh: Mesh, *, overlap_groups: int = 1) -> 
     placements: dict[str, Placement] = {}
     if mesh.exchange.size == etp.size == 1:
         return placements
-    _check_divisible(model.cfg, ep, etp)
+    for axis, key in ((ep, "num_experts"), (etp, "expert_ffn_size")):
+        size = getattr(model.cfg, key)
+        require_divisor(f"parallel.{axis.name}", axis.size, f"model.{key}", size, most=size)
     for layer, block in model.blocks.items():
         assert isinstance(block.moe, MoE)
         block.moe.dispatcher = AllToAllDispatcher(model.cfg.num_experts, mesh, overlap_groups)
         for name, placement in _cut_experts(block.moe.experts, ep, etp).items():
             placements[f"blocks.{layer}.moe.experts.{name}"] = placement
     return placements
-
-
-def _check_divisible(cfg: ModelConfig, ep: Axis, etp: Axis) -> None:
-    for axis, key, size in (
-        (ep, "num_experts", cfg.num_experts),
-        (etp, "expert_ffn_size", cfg.expert_ffn_size),
-    ):
-        if size % axis.size:
-            legal = [n for n in range(1, size + 1) if size % n == 0]
-            raise ValueError(
-                f"parallel.{axis.name}={axis.size} must divide model.{key}={size}; use one of {legal}"
-            )
 
 
 def _cut_experts(experts: Experts, ep: Axis, etp: Axis) -> dict[str, Placement]:

@@ -5,7 +5,7 @@ A ValueError names key, value, rule and legal values.
 
 import torch
 
-from model.config import ModelConfig
+from model.config import ModelConfig, require_divisor
 from parallel.config import SPLIT_BACKWARD, V_SHAPED, ParallelConfig, Recompute, Schedule, num_stages
 
 
@@ -84,10 +84,3 @@ def _check_pipeline(
     rounds = max(1, num_micro // pp)
     if schedule in (Schedule.interleaved, Schedule.interleaved_zero_bubble) and num_micro % rounds:
         raise ValueError(f"parallel.schedule={schedule} needs a multiple of {rounds}, not {micro}")
-
-
-def require_divisor(key: str, value: int, of_key: str, size: int) -> None:
-    """Raise a ValueError that names the legal values unless value divides size."""
-    if size % value:
-        legal = [n for n in range(1, min(size, 512) + 1) if size % n == 0]
-        raise ValueError(f"{key}={value} must divide {of_key}={size}; use one of {legal}")

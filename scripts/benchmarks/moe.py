@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.capacity import PIECES, capacity, decide_replicas, line_up
-from model.config import ModelConfig, RouterConfig
+from model.config import ModelConfig, RouterConfig, require_divisor
 from model.hashing import draw
 from model.router import Micro, Router
 from parallel.collectives import Axis
@@ -60,9 +60,7 @@ class PoolSettings:
         if self.top_k > self.experts:
             raise ValueError(f"--top-k={self.top_k} must be <= --experts={self.experts}")
         for name in ("experts", "tokens"):
-            if (value := getattr(self, name)) % self.ep:
-                legal = [n for n in range(1, min(value, 64) + 1) if value % n == 0]
-                raise ValueError(f"--ep={self.ep} must divide --{name}={value}; use one of {legal}")
+            require_divisor("--ep", self.ep, f"--{name}", getattr(self, name), most=64)
 
     @property
     def ranks(self) -> int:
