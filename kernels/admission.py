@@ -226,9 +226,7 @@ def _cells_kernel(
 
 
 @triton.jit
-def _count_before(
-    p_experts, p_blocks, n, o_x, N, X, BN: tl.constexpr, BB: tl.constexpr, BX: tl.constexpr
-):  # fmt: skip
+def _count_before(p_experts, p_blocks, n, o_x, N, X, BN: tl.constexpr, BB: tl.constexpr, BX: tl.constexpr):
     """[BX] choices of each expert before choice n: whole blocks, and a part of n's."""
     b_count = tl.zeros([BB, BX], tl.int32)
     for i_b in range(0, n // BN, BB):

@@ -92,8 +92,8 @@ def expert_ffn_by(
 
 
 def choose_backend(
-    dtype: torch.dtype, hidden: int, ffn: int, *, capability: tuple[int, int] | None, has_quack: bool,
-) -> tuple[Backend, str]:  # fmt: skip
+    dtype: torch.dtype, hidden: int, ffn: int, *, capability: tuple[int, int] | None, has_quack: bool
+) -> tuple[Backend, str]:
     """The fastest backend, and why.
 
     Args:

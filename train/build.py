@@ -147,9 +147,8 @@ def build_run(
 
 
 def load_start(
-    start: Start, *, shards: list[Shard], optimizer: AdamW, biases: dict[str, Tensor],
-    world: Axis,
-) -> None:  # fmt: skip
+    start: Start, *, shards: list[Shard], optimizer: AdamW, biases: dict[str, Tensor], world: Axis
+) -> None:
     """Read what the run starts from into this rank's part of it; nothing if it starts from scratch."""
     if start.resumed is not None:
         load_checkpoint(start.resumed, shards=shards, optimizer=optimizer, biases=biases, world=world)
