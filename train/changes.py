@@ -20,7 +20,7 @@ LINES = 40
 """Most differences that are listed."""
 RULES: list[tuple[str, str | None]] = [  # of the key; the first that matches holds, None is for information
     (r"model\..*|router\.balancing", MODEL),
-    (r"optimizer\.offload", None),
+    (r"optimizer\.(offload|implementation)", None),
     (r"optimizer\..*|router\..*|batch\.(row_tokens|global_tokens)", Change.optimizer),
     (r"data\.(cache_dir|tokenizer|window)", None),
     (r"data\.sources\.\d+\.(path|dataset|split|text_key|max_documents|max_epochs)", None),

@@ -271,6 +271,7 @@ def changed(tmp_path: Path, now: RunConfig, *allowed: Change, before: RunConfig 
         ("train.steps=50", "train.steps: 20 -> 50", None),
         ("schedule.decay_tokens=1", "schedule.decay_tokens: 8192 -> 1", None),
         ("optimizer.offload=cpu", "optimizer.offload: 'none' -> 'cpu'", None),
+        ("optimizer.implementation=torch", "optimizer.implementation: 'auto' -> 'torch'", None),
         ("log.every=5", "log.every: 1 -> 5", None),
     ],
 )
