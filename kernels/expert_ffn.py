@@ -92,12 +92,18 @@ def expert_ffn_by(
 
 
 def choose_backend(
-    dtype: torch.dtype, hidden: int, ffn: int, *, capability: tuple[int, int] | None, has_quack: bool
+    dtype: torch.dtype,
+    hidden: int,
+    ffn: int,
+    *,
+    capability: tuple[int, int] | None,
+    has_quack: Callable[[], bool],
 ) -> tuple[Backend, str]:
     """The fastest backend, and why.
 
     Args:
         capability: of the GPU; None = the tensors are elsewhere.
+        has_quack: asked only where nothing else speaks against quack, as it compiles GEMMs.
     """
     if capability is None:
         return Backend.torch, "tensors are not on a GPU"
@@ -108,7 +114,7 @@ def choose_backend(
     if hidden % 8 or ffn % 8:
         sizes = f"hidden_size {hidden} and expert_ffn_size {ffn}"
         return Backend.torch, f"quack needs multiples of 8, not {sizes}"
-    if not has_quack:
+    if not has_quack():
         return Backend.torch, "no quack-kernels that works"
     return Backend.quack, "quack-kernels is installed"
 
@@ -116,10 +122,8 @@ def choose_backend(
 def backend_for(x: Tensor, gate_up: Tensor) -> Backend:
     """What `expert_ffn` takes for these."""
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
-    backend, reason = choose_backend(
-        x.dtype, x.shape[1], gate_up.shape[2], capability=capability,
-        has_quack=capability is not None and capability[0] == 9 and has_quack(),
-    )  # fmt: skip
+    sizes = x.shape[1], gate_up.shape[2]
+    backend, reason = choose_backend(x.dtype, *sizes, capability=capability, has_quack=has_quack)
     announce(log, logging.INFO, f"experts by {backend}: {reason}")
     return backend
 

@@ -6,7 +6,7 @@ the keys can be merged with that over others. The kernels work on flat tokens: q
 
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import cache, partial
 from itertools import pairwise
@@ -60,13 +60,14 @@ class Spans(NamedTuple):
 
 
 def choose_backend(
-    dtype: torch.dtype, head_dim: int, *, capability: tuple[int, int] | None, has_flash4: bool,
+    dtype: torch.dtype, head_dim: int, *, capability: tuple[int, int] | None, has_flash4: Callable[[], bool],
     has_cudnn: bool, knows_lengths: bool, is_deterministic: bool,
 ) -> tuple[Backend, str]:  # fmt: skip
     """The fastest exact backend, and why no faster one.
 
     Args:
         capability: of the GPU; None = the tensors are elsewhere.
+        has_flash4: asked only where nothing else speaks against flash-attn-4, as it compiles kernels.
         knows_lengths: of the documents, on the host.
         is_deterministic: gradients must repeat bit by bit.
     """
@@ -80,7 +81,7 @@ def choose_backend(
         return Backend.flash2, f"faster kernels need compute capability 9.0, this is {capability}"
     if head_dim > 128:
         return Backend.flash2, f"faster kernels need head_dim <= 128, not {head_dim}"
-    if has_flash4:
+    if has_flash4():
         return Backend.flash4, "flash-attn-4 is installed"
     if not has_cudnn:
         return Backend.flash2, "no flash-attn-4 that works, and torch has no cuDNN"
@@ -211,8 +212,7 @@ def backend_for(q: Tensor, documents: Documents | None) -> Backend:
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     backend, reason = choose_backend(
         q.dtype, q.shape[-1], capability=capability,
-        has_flash4=capability is not None and capability >= (9, 0) and has_flash4(),
-        has_cudnn=torch.backends.cudnn.is_available(),
+        has_flash4=has_flash4, has_cudnn=torch.backends.cudnn.is_available(),
         knows_lengths=documents is None or documents.on_host is not None, is_deterministic=_must_repeat(),
     )  # fmt: skip
     is_dear = q.is_cuda and backend is Backend.twin

@@ -15,7 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 from kernels.adamw import Hyperparameters, Moving, adamw, square_sum
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.documents import Documents, locate_documents
-from kernels.expert_ffn import Backend as ExpertPath
+from kernels.expert_ffn import Backend as ExpertBackend
 from kernels.expert_ffn import expert_ffn, expert_ffn_by, has_quack
 from kernels.gated_norm import gated_rms_norm
 from kernels.lightning_attention import lightning_attention
@@ -183,7 +183,7 @@ def _experts(s: Sizes, draw: _Draw) -> list[Case]:
 
             index = experts.int()
             if has_quack():
-                ops["torch"] = Op(lambda: by(partial(expert_ffn_by, ExpertPath.torch)), inputs)
+                ops["torch"] = Op(lambda: by(partial(expert_ffn_by, ExpertBackend.torch)), inputs)
             ops["eager"] = Op(eager, inputs)
             ops["liger"] = Op(lambda: Fused.apply(x, gate_up.flatten(1, 2), down, index, weights), inputs)
         return ops

@@ -2,6 +2,7 @@
 
 import logging
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -148,6 +149,16 @@ def test_the_fastest_path_is_taken_and_named_once(caplog: pytest.LogCaptureFixtu
 )
 def test_choice(given: dict, backend: Backend, reason: str) -> None:
     best = {"dtype": torch.bfloat16, "hidden": 64, "ffn": 96, "capability": (9, 0), "has_quack": True}
-    found, why = choose_backend(**{**best, **given})
+    named = {**best, **given}
+    found, why = choose_backend(**{**named, "has_quack": partial(bool, named["has_quack"])})
     assert found is backend
     assert reason in why
+
+
+@pytest.mark.parametrize("given", [{"capability": (10, 0)}, {"dtype": torch.float32}, {"ffn": 100}])
+def test_quack_is_not_tried_where_it_could_not_serve(given: dict) -> None:
+    best = {"dtype": torch.bfloat16, "hidden": 64, "ffn": 96, "capability": (9, 0)}
+    asked = mock.Mock(return_value=True)
+    assert choose_backend(**{**best, **given}, has_quack=asked)[0] is Backend.torch
+    asked.assert_not_called()
+    assert choose_backend(**best, has_quack=asked)[0] is Backend.quack

@@ -5,6 +5,7 @@ On a CPU the twin is the only backend; what surrounds the others is tested there
 
 import logging
 import operator
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -186,6 +187,7 @@ def test_wide_numbers_are_the_twin_s() -> None:
 )
 def test_choice(changes: dict, backend: Backend, reason: str) -> None:
     named = {"dtype": torch.bfloat16, "head_dim": 128, **EVERYTHING, **changes}
+    named["has_flash4"] = partial(bool, named["has_flash4"])
     found, why = choose_backend(named.pop("dtype"), named.pop("head_dim"), **named)
     assert found is backend
     assert reason in why
