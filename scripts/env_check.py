@@ -26,7 +26,7 @@ def main() -> int:
     problems = list(find_problems())
     show("versions", [("python", platform.python_version()), *((name, found(name)) for name in NEEDED)])
     show("optional", [(name, found(name)) for name in OPTIONAL])
-    if "torch" not in "".join(problems):
+    if found("torch") != "-":
         show("devices", describe_devices())
         show("backends", describe_backends())
     for problem in problems:
@@ -50,10 +50,16 @@ def find_problems() -> Iterator[str]:
     for name in NEEDED:
         if found(name) == "-":
             yield f"{name} is missing: run make .venv/runtime, or pip install {name}"
-    if found("kernels") != "-":
-        yield "package 'kernels' hides this repository's kernels/: pip uninstall kernels"
     torch = found("torch")
-    if torch != "-" and tuple(map(int, torch.split(".")[:2])) < OLDEST["torch"]:
+    if torch == "-":
+        return
+    from parallel.launch import refuse_foreign_kernels
+
+    try:
+        refuse_foreign_kernels()
+    except RuntimeError as error:
+        yield str(error)
+    if tuple(map(int, torch.split(".")[:2])) < OLDEST["torch"]:
         yield f"torch {torch} is too old: use 2.11 or newer"
 
 
@@ -80,20 +86,19 @@ def describe_backends() -> Iterator[tuple[str, str]]:
     from kernels.expert_ffn import has_quack
     from kernels.softmax_attention import choose_backend as choose_attention
     from kernels.softmax_attention import has_flash4
+    from parallel.optimizer import OptimizerConfig, choose_implementation
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    capability = torch.cuda.get_device_capability() if device == "cuda" else None
-    is_hopper = capability is not None and capability >= (9, 0)
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     attention, why = choose_attention(
-        torch.bfloat16, 128, capability=capability, has_flash4=is_hopper and has_flash4(),
+        torch.bfloat16, 128, capability=capability, has_flash4=has_flash4,
         has_cudnn=torch.backends.cudnn.is_available(), knows_lengths=True, is_deterministic=False,
     )  # fmt: skip
     yield "softmax attention", f"{attention}: {why}"
-    experts, why = choose_experts(
-        torch.bfloat16, 6144, 9216, capability=capability, has_quack=is_hopper and has_quack()
-    )
+    experts, why = choose_experts(torch.bfloat16, 6144, 9216, capability=capability, has_quack=has_quack)
     yield "experts", f"{experts}: {why}"
-    yield "all other kernels", "Triton" if device == "cuda" else "plain torch: no GPU"
+    optimizer = choose_implementation(OptimizerConfig(), on_gpu=capability is not None)
+    yield "optimizer", f"{optimizer}: optimizer.implementation=auto"
+    yield "all other kernels", "plain torch: no GPU" if capability is None else "Triton"
 
 
 def show(title: str, rows: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> None:

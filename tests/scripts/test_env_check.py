@@ -39,7 +39,7 @@ def test_this_machine_can_train() -> None:
 @pytest.mark.parametrize(
     ("name", "version", "problem"),
     [
-        ("kernels", "0.1", "package 'kernels' hides this repository's kernels/: pip uninstall kernels"),
+        ("kernels", "0.1", "package 'kernels' hides this repository's kernels/; pip uninstall kernels"),
         ("torch", "2.9.1", "torch 2.9.1 is too old: use 2.11 or newer"),
     ],
 )
